@@ -1,0 +1,42 @@
+# Thin names; every command here can be typed by hand (see README.md).
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export LC_ALL := C.UTF-8
+export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
+# Byte code is what makes the second run quick.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: sandbox test lint unit molecule clean bootstrap bench-rerun check-gpu-install lock-controller
+
+sandbox: bootstrap       ## container host, two real vLLM CPU engines, failover drill
+	ansible-playbook playbooks/sandbox.yml
+
+test: lint unit molecule ## everything that CI runs
+
+lint: bootstrap
+	tools/lint
+
+unit: bootstrap
+	pytest -q tests/unit
+
+molecule: bootstrap
+	tools/molecule test
+
+bench-rerun: bootstrap   ## tasks and seconds of a run that changes nothing, beside as many pings
+	tools/bench_rerun.py
+
+check-gpu-install: bootstrap ## the CUDA lock, installed for real into a container (several GB)
+	ansible-playbook playbooks/check_gpu_install.yml
+
+lock-controller: bootstrap
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url \
+	  --fork-strategy requires-python --custom-compile-command "make lock-controller" \
+	  requirements/controller.in -o requirements/controller.txt
+
+clean: bootstrap         ## removes the sandbox, its image and all caches of this clone
+	ansible-playbook playbooks/sandbox_destroy.yml -e sandbox_remove_image=true
+	rm -rf .sandbox .venv .ansible .mypy_cache .pytest_cache .ruff_cache
+
+bootstrap:
+	@tools/bootstrap

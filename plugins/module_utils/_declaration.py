@@ -1,0 +1,280 @@
+# Copyright: the nvl.vllm authors
+# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+"""From what the operator declares to what each engine gets. Pure: nothing here reads a host.
+
+Arguments come in layers, each over the one before: what the declaration itself fixes (model, port,
+host, served name, tensor-parallel-size), the profile, the arguments of all instances, those of the
+instance. Every mistake is collected, so that one run names them all.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ._serve_help import ServeOptions
+
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
+_UUID = re.compile(r"(GPU|MIG)-[0-9a-fA-F-]{8,}")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+#: Arguments that the declaration itself gives, with the variable to set instead.
+_DECLARED = {
+    "model": "vllm_model_path",
+    "served-model-name": "vllm_served_model_name",
+    "host": "vllm_host",
+    "port": "the instance's port",
+    "hf-token": "HF_TOKEN in vllm_environment, which keeps the token off files that others can read",
+    "api-key": "vllm_api_key, which keeps the key off files that others can read",
+    "config": "vllm_arguments or the instance's arguments",
+}
+_DECLARED_ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "the instance's gpus",
+    "VLLM_API_KEY": "vllm_api_key",
+}
+#: Arguments that guides still name and vLLM has dropped.
+_REMOVED = {"disable-log-requests": "; request logging is off unless enable-log-requests is true"}
+_INSTANCE_KEYS = ("name", "port", "gpus", "profile", "arguments", "environment")
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """The operator's variables, as the inventory has them (types not yet checked)."""
+
+    inventory_hostname: str
+    device: str
+    version: str
+    host: str
+    home: str
+    model_path: str
+    served_model_name: str
+    instances: Any
+    profile: str
+    profiles: Mapping[str, Any]
+    api_key: str = field(default="", repr=False)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One engine, complete. ``gpus`` holds what was declared: indexes (int) or UUIDs (str)."""
+
+    name: str
+    unit: str
+    port: int
+    url: str
+    gpus: list[int | str]
+    profile: str
+    arguments: dict[str, Any]
+    environment: dict[str, str]
+
+
+def resolve(declared: Declaration, options: ServeOptions) -> tuple[list[Instance], list[str]]:
+    """The complete instances and every mistake found, one sentence each.
+
+    Each sentence names variable, value, what is wanted and the host. The instances are of use only
+    where there is no mistake.
+    """
+    return _Resolver(declared, options).resolve()
+
+
+class _Resolver:
+    def __init__(self, declared: Declaration, options: ServeOptions) -> None:
+        self.declared = declared
+        self.options = options
+        self.errors: list[str] = []
+
+    def refuse(self, variable: str, value: Any, wanted: str) -> None:
+        self.errors.append(f"{self.declared.inventory_hostname}: {variable} is {value!r}: {wanted}")
+
+    def resolve(self) -> tuple[list[Instance], list[str]]:
+        declared = self.declared
+        if declared.host not in _LOOPBACK and not declared.api_key:
+            self.refuse("vllm_host", declared.host, "set vllm_api_key before engines listen beyond loopback")
+        if re.search(r"\s|[^\x21-\x7e]", declared.api_key):
+            self.errors.append(f"{declared.inventory_hostname}: vllm_api_key holds a space or a character beyond ASCII")
+        for name, profile in declared.profiles.items():
+            self.arguments(f"vllm_profiles.{name}", profile)
+        self.arguments("vllm_arguments", declared.arguments)
+        self.environment("vllm_environment", declared.environment)
+
+        if not isinstance(declared.instances, list) or not declared.instances:
+            self.refuse("vllm_instances", declared.instances, "wanted a list of at least one instance with name and port")
+            return [], self.errors
+        instances = [self.instance(f"vllm_instances[{i}]", item) for i, item in enumerate(declared.instances)]
+        self.unique(instances)
+        return [instance for instance in instances if instance], self.errors
+
+    def instance(self, where: str, item: Any) -> Instance | None:
+        if not isinstance(item, Mapping):
+            self.refuse(where, item, "wanted a mapping with name, port and gpus")
+            return None
+        for key in item:
+            if key not in _INSTANCE_KEYS:
+                self.refuse(f"{where}.{key}", item[key], f"no such key{_hint(str(key), _INSTANCE_KEYS)}")
+        before = len(self.errors)
+        name, port = item.get("name"), item.get("port")
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            self.refuse(f"{where}.name", name, "wanted up to 32 of a-z, 0-9 and '-', such as primary")
+        if type(port) is not int or not 1024 <= port <= 65535:
+            self.refuse(f"{where}.port", port, "wanted a whole number from 1024 to 65535 (engines are unprivileged)")
+        gpus = self.gpus(f"{where}.gpus", item.get("gpus", []))
+        profile = item.get("profile", self.declared.profile)
+        if profile not in self.declared.profiles:
+            known = list(self.declared.profiles)
+            variable = f"{where}.profile" if "profile" in item else "vllm_profile"
+            self.refuse(variable, profile, f"wanted one of {', '.join(known)}{_hint(str(profile), known)}")
+        own = self.arguments(f"{where}.arguments", item.get("arguments", {}))
+        environment = self.environment(f"{where}.environment", item.get("environment", {}))
+        if len(self.errors) > before or not isinstance(name, str) or type(port) is not int:
+            return None
+        arguments = self.merged(port, gpus, profile, own)
+        self.parallel(where, name, gpus, arguments)
+        return Instance(
+            name=name,
+            unit=f"vllm@{name}.service",
+            port=port,
+            url=f"http://{_reachable(self.declared.host)}:{port}",
+            gpus=gpus,
+            profile=profile,
+            arguments=arguments,
+            environment=self.merged_environment(environment),
+        )
+
+    def gpus(self, where: str, gpus: Any) -> list[int | str]:
+        if not isinstance(gpus, list):
+            self.refuse(where, gpus, "wanted a list of GPU indexes or UUIDs, such as [0]")
+            return []
+        if self.declared.device == "cpu" and gpus:
+            self.refuse(where, gpus, "vllm_device is cpu, which uses no GPU: leave gpus out")
+        if self.declared.device == "cuda" and not gpus:
+            self.refuse(where, gpus, "wanted at least one GPU index or UUID, such as [0]")
+        for gpu in gpus:
+            index = type(gpu) is int and gpu >= 0
+            if not index and not (isinstance(gpu, str) and _UUID.fullmatch(gpu)):
+                self.refuse(where, gpu, "wanted a GPU index from 0 or a UUID as nvidia-smi -L prints it")
+        return list(gpus)
+
+    def arguments(self, where: str, arguments: Any) -> dict[str, Any]:
+        """Arguments under their canonical names; what the pinned vLLM would not take is refused."""
+        if not isinstance(arguments, Mapping):
+            self.refuse(where, arguments, "wanted a mapping of engine arguments")
+            return {}
+        result: dict[str, Any] = {}
+        for given, value in arguments.items():
+            key = str(given).lstrip("-").replace("_", "-")
+            option = self.options.find(key)
+            if key in _DECLARED:
+                self.refuse(f"{where}.{given}", "***" if key in ("api-key", "hf-token") else value, f"set {_DECLARED[key]} instead")
+                continue
+            if option is None:
+                advice = _REMOVED.get(key) or _hint(key, self.options.names())
+                self.refuse(f"{where}.{given}", value, f"vLLM {self.declared.version} has no argument --{key}{advice}")
+                continue
+            complaint = option.complaint(value)
+            if complaint:
+                self.refuse(f"{where}.{given}", value, complaint)
+                continue
+            if option.negates(key):
+                value = not value
+            key = option.name
+            if key in result:
+                self.refuse(f"{where}.{given}", value, f"--{key} is given twice")
+            result[key] = value
+        return result
+
+    def environment(self, where: str, environment: Any) -> dict[str, str]:
+        if not isinstance(environment, Mapping):
+            self.refuse(where, environment, "wanted a mapping of environment variables")
+            return {}
+        for name, value in environment.items():
+            if name in _DECLARED_ENVIRONMENT:
+                self.refuse(f"{where}.{name}", "***", f"set {_DECLARED_ENVIRONMENT[name]} instead")
+            elif not _VARIABLE.fullmatch(str(name)):
+                self.refuse(f"{where}.{name}", value, "wanted a name of letters, digits and '_'")
+            elif isinstance(value, (Mapping, list, bool)) or value is None:
+                self.refuse(f"{where}.{name}", value, "wanted a string or a number, in quotes where in doubt")
+            elif not str(value).isprintable():
+                self.refuse(f"{where}.{name}", value, "wanted one line without control characters")
+        return {str(name): str(value) for name, value in environment.items()}
+
+    def merged(self, port: int, gpus: list[int | str], profile: str, own: Mapping[str, Any]) -> dict[str, Any]:
+        declared = self.declared
+        # The layers were checked above, each under its own name; here they are only laid over each other.
+        quiet = _Resolver(declared, self.options)
+        result = {
+            "model": declared.model_path,
+            "served-model-name": declared.served_model_name,
+            "host": declared.host,
+            "port": port,
+            "tensor-parallel-size": max(1, len(gpus)),
+        }
+        result.update(quiet.arguments("", declared.profiles[profile]))
+        result.update(quiet.arguments("", declared.arguments))
+        result.update(own)
+        return result
+
+    def merged_environment(self, own: Mapping[str, str]) -> dict[str, str]:
+        result = {
+            "HOME": self.declared.home,
+            "VLLM_CACHE_ROOT": f"{self.declared.home}/cache",
+            # Nothing leaves the host unasked: no usage statistics, no look-ups at a model hub.
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        if self.declared.device == "cuda":
+            result["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+            # FlashInfer's sampler would compile itself with nvcc, which the host need not have.
+            result["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+        result.update({str(k): str(v) for k, v in self.declared.environment.items()})
+        result.update(own)
+        return result
+
+    def parallel(self, where: str, name: str, gpus: list[int | str], arguments: Mapping[str, Any]) -> None:
+        """On GPUs the parallel sizes must multiply to the number of GPUs."""
+        if self.declared.device != "cuda":
+            return
+        sizes = {key: arguments.get(f"{key}-parallel-size", 1) for key in ("tensor", "pipeline", "data")}
+        product = 1
+        for size in sizes.values():
+            product *= int(size)
+        if product != len(gpus):
+            formula = " x ".join(f"{key} {size}" for key, size in sizes.items())
+            self.refuse(f"{where}.gpus", gpus, f"{name} runs on {product} GPU(s) ({formula} parallel): declare as many")
+
+    def unique(self, instances: list[Instance | None]) -> None:
+        """Names, ports and GPUs belong to one instance each."""
+        seen: dict[tuple[str, Any], str] = {}
+        for number, instance in enumerate(instances):
+            if instance is None:
+                continue
+            where = f"vllm_instances[{number}]"
+            claims: list[tuple[str, Any]] = [("name", instance.name), ("port", instance.port)]
+            claims += [("gpus", gpu) for gpu in instance.gpus]
+            for key, value in claims:
+                other = seen.setdefault((key, value), where)
+                if other != where:
+                    what = "GPU" if key == "gpus" else key
+                    self.refuse(f"{where}.{key}", value, f"{other} has this {what} already: each instance needs its own")
+            if len(set(instance.gpus)) != len(instance.gpus):
+                self.refuse(f"{where}.gpus", instance.gpus, "a GPU is named twice")
+
+
+def _hint(wrong: str, known: Any) -> str:
+    close = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _reachable(host: str) -> str:
+    """The address at which a process on the host itself finds a server that listens on ``host``."""
+    if host in ("0.0.0.0", "localhost"):
+        return "127.0.0.1"
+    if host == "::":
+        return "[::1]"
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,262 @@
+"""A client of several equal endpoints with failover, as the agentic client of the guide behaves.
+
+- Round robin over the healthy endpoints; each is checked in the background every
+  ``health_interval`` seconds.
+- A failed request marks its endpoint unhealthy at once and moves to the next endpoint at once.
+  Only when every endpoint has been tried does it back off: ``backoff_base`` x 1, 2, 4, 8 seconds.
+- After the first streamed token nothing is retried: the user has seen half an answer. Neither is a
+  request that the server rejects (4xx other than 408 and 429): it would be rejected again.
+
+All times are seconds on the client's clock.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from . import _openai
+from ._health import Look, check
+from ._openai import Completion, Endpoint, EndpointError, Messages
+
+COMPLETED = "completed"
+TRUNCATED = "truncated"  # failed after output had been streamed
+LOST = "lost"  # failed without any output, and no retry is left
+
+# transport(endpoint, messages, max_tokens, stream, deadline_seconds); raises EndpointError
+Transport = Callable[[Endpoint, Messages, int, bool, float], Completion]
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """The guide's numbers: 4 retries after 2, 4, 8, 16 s, health checks every 30 s.
+
+    ``request_timeout`` is the deadline of one attempt, streaming included. Raises ValueError.
+    """
+
+    retries: int = 4
+    backoff_base: float = 2.0
+    health_interval: float = 30.0
+    request_timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.retries < 0 or self.backoff_base < 0:
+            raise ValueError("wanted retries and backoff_base of 0 or more")
+        if self.health_interval <= 0 or self.request_timeout <= 0:
+            raise ValueError("wanted a health_interval and a request_timeout above 0 s")
+
+    def backoff(self, number: int) -> float:
+        """Seconds of the back-off with this number, counted from 0."""
+        return self.backoff_base * 2.0**number
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try of a request at one endpoint."""
+
+    endpoint: str
+    started: float
+    finished: float
+    error: EndpointError | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a request ended: COMPLETED, TRUNCATED or LOST. Never without an attempt."""
+
+    state: str
+    streamed: bool
+    started: float
+    finished: float
+    attempts: tuple[Attempt, ...]
+    completion: Completion | None = None
+
+    @property
+    def seconds(self) -> float:
+        """From the call to its end, retries and back-offs included."""
+        return self.finished - self.started
+
+    @property
+    def endpoint(self) -> str:
+        """The endpoint that decided the outcome."""
+        return self.attempts[-1].endpoint
+
+
+class SystemTimer:
+    """The clock and the waiting of a client; tests bring their own."""
+
+    def now(self) -> float:
+        """Seconds on a clock that only goes forward."""
+        return time.monotonic()
+
+    def wait(self, condition: threading.Condition, seconds: float) -> None:
+        """Wait for a notification, at most so long. The caller holds the condition."""
+        condition.wait(seconds)
+
+
+class _Member:
+    """An endpoint and what the client thinks of it. Guarded by the client's condition."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.healthy = True  # until something shows otherwise
+        self.turn = 0  # of its last use: the lowest is the next in the round
+        self.events = 0  # failures and recoveries so far: tells old news from new
+
+
+class DualEndpointClient:
+    """See the module. Thread-safe; as a context manager it runs the background checks.
+
+    ``probe`` says whether an endpoint is well. By default it asks for one token, because a vLLM
+    whose engine hangs still answers /health.
+    """
+
+    def __init__(
+        self,
+        endpoints: Sequence[Endpoint],
+        policy: RetryPolicy,
+        model: str,
+        transport: Transport | None = None,
+        probe: Callable[[Endpoint], bool] | None = None,
+        timer: SystemTimer | None = None,
+    ) -> None:
+        self.policy = policy
+        self.model = model
+        self._members = [_Member(endpoint) for endpoint in endpoints]
+        self._transport = transport or self._chat
+        self._probe = probe or self._serves
+        self._timer = timer or SystemTimer()
+        self._changed = threading.Condition()
+        self._turns = 0
+        self._closed = False
+
+    def __enter__(self) -> DualEndpointClient:
+        for member in self._members:
+            name = f"health of {member.endpoint.name}"
+            threading.Thread(target=self._watch, args=(member,), name=name, daemon=True).start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the background checks and wake every back-off; such a request counts as lost."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def healthy(self) -> list[str]:
+        """Names of the endpoints that are in use now."""
+        with self._changed:
+            return [member.endpoint.name for member in self._members if member.healthy]
+
+    def request(self, messages: Messages, max_tokens: int, stream: bool = False) -> Outcome:
+        """One chat completion with failover. The outcome says how it ended; nothing is raised."""
+        started = self._timer.now()
+        attempts: list[Attempt] = []
+        tried: dict[_Member, int] = {}  # and how many events each had seen, its failure included
+        backoffs = 0
+        while True:
+            if len(tried) == len(self._members):
+                self._back_off(self.policy.backoff(backoffs), tried)
+                backoffs += 1
+                if self._closed:
+                    return Outcome(LOST, stream, started, self._timer.now(), tuple(attempts))
+            attempt, completion = self._attempt(tried, messages, max_tokens, stream)
+            attempts.append(attempt)
+            state = self._state(attempt.error, len(attempts))
+            if state:
+                ended = attempt.finished
+                return Outcome(state, stream, started, ended, tuple(attempts), completion)
+
+    def check_health(self, name: str) -> None:
+        """Probe one endpoint now, and use or avoid it accordingly."""
+        self._check(next(member for member in self._members if member.endpoint.name == name))
+
+    def _attempt(
+        self, tried: dict[_Member, int], messages: Messages, max_tokens: int, stream: bool
+    ) -> tuple[Attempt, Completion | None]:
+        member, seen = self._choose(tried)
+        name, begun = member.endpoint.name, self._timer.now()
+        timeout = self.policy.request_timeout
+        try:
+            completion = self._transport(member.endpoint, messages, max_tokens, stream, timeout)
+        except EndpointError as error:
+            news = not _rejected(error) and self._mark(member, False, seen)
+            tried[member] = seen + 1 if news else seen
+            return Attempt(name, begun, self._timer.now(), error), None
+        self._mark(member, True, seen)
+        return Attempt(name, begun, self._timer.now()), completion
+
+    def _state(self, error: EndpointError | None, attempts: int) -> str:
+        """How a request ends after its latest attempt, or nothing when it is to be retried."""
+        if error is None:
+            return COMPLETED
+        if error.chunks:
+            return TRUNCATED
+        hopeless = _rejected(error) and error.status not in (408, 429)
+        return LOST if hopeless or attempts > self.policy.retries or self._closed else ""
+
+    def _choose(self, tried: dict[_Member, int]) -> tuple[_Member, int]:
+        """The next endpoint, and its events: not tried yet, then healthy, then whose turn it is."""
+        with self._changed:
+            fresh = [member for member in self._members if member not in tried] or self._members
+            usable = [member for member in fresh if member.healthy] or fresh
+            member = min(usable, key=lambda candidate: candidate.turn)
+            self._turns += 1
+            member.turn = self._turns
+            return member, member.events
+
+    def _back_off(self, seconds: float, tried: dict[_Member, int]) -> None:
+        """Wait so long, or until an endpoint has recovered since this request tried it."""
+        end = self._timer.now() + seconds
+        with self._changed:
+            while not self._closed and not any(
+                member.healthy and member.events != events for member, events in tried.items()
+            ):
+                left = end - self._timer.now()
+                if left <= 0:
+                    return
+                self._timer.wait(self._changed, left)
+
+    def _mark(self, member: _Member, healthy: bool, seen: int) -> bool:
+        """Note what was learnt, unless something happened there since it was ``seen``: old news."""
+        with self._changed:
+            if seen != member.events:
+                return False
+            if not (healthy and member.healthy):
+                member.events += 1
+                member.healthy = healthy
+                self._changed.notify_all()
+            return True
+
+    def _watch(self, member: _Member) -> None:
+        while True:
+            due = self._timer.now() + self.policy.health_interval
+            with self._changed:
+                while not self._closed and due > self._timer.now():
+                    self._timer.wait(self._changed, due - self._timer.now())
+                if self._closed:
+                    return
+            self._check(member)
+
+    def _check(self, member: _Member) -> None:
+        with self._changed:
+            seen = member.events
+        self._mark(member, self._probe(member.endpoint), seen)
+
+    def _chat(
+        self, endpoint: Endpoint, messages: Messages, max_tokens: int, stream: bool, seconds: float
+    ) -> Completion:
+        return _openai.chat(endpoint, self.model, messages, max_tokens, stream, seconds)
+
+    def _serves(self, endpoint: Endpoint) -> bool:
+        timeout = min(self.policy.request_timeout, self.policy.health_interval)
+        return check(endpoint, Look("serves", self.model, timeout)).ok
+
+
+def _rejected(error: EndpointError) -> bool:
+    """Whether the server refused the request itself, which says nothing against the server."""
+    return error.status is not None and 400 <= error.status < 500

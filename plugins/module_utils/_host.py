@@ -1,0 +1,133 @@
+# Copyright: the nvl.vllm authors
+# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+"""What a host must offer before anything is installed on it.
+
+Loaders read ``/proc`` and run ``nvidia-smi``; the rest is text in, values out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+#: Runs a command and returns exit status, standard output, standard error.
+Runner = Callable[[list[str]], "tuple[int, str, str]"]
+
+_LISTEN = "0A"
+
+
+class Listener(NamedTuple):
+    """A program that listens on a TCP port."""
+
+    port: int
+    program: str
+    pid: int
+    unit: str
+
+    def __str__(self) -> str:
+        if not self.pid:
+            return "a program of another network or user namespace"
+        return f"{self.program} (process {self.pid}{', ' + self.unit if self.unit else ''})"
+
+
+def listening_inodes(table: str) -> dict[int, set[str]]:
+    """Port to socket inodes, from the text of ``/proc/net/tcp`` or ``tcp6``."""
+    found: dict[int, set[str]] = {}
+    for line in table.splitlines()[1:]:
+        fields = line.split()
+        if len(fields) > 9 and fields[3] == _LISTEN:
+            found.setdefault(int(fields[1].rpartition(":")[2], 16), set()).add(fields[9])
+    return found
+
+
+def unit_of(cgroup: str) -> str:
+    """The service that a process belongs to, from the text of ``/proc/PID/cgroup``."""
+    match = re.search(r"/([^/\n]+\.service)(?:/|$)", cgroup, re.MULTILINE)
+    return match.group(1) if match else ""
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as stream:
+            return stream.read()
+    except OSError:
+        return ""  # the process ended meanwhile, or IPv6 is off
+
+
+def listeners(ports: Iterable[int], proc: str = "/proc") -> list[Listener]:
+    """Who listens on the given ports, in any address family. Needs root to name the programs."""
+    wanted: dict[str, int] = {}
+    for table in ("tcp", "tcp6"):
+        for port, inodes in listening_inodes(_read(f"{proc}/net/{table}")).items():
+            if port in set(ports):
+                wanted.update((f"socket:[{inode}]", port) for inode in inodes)
+    owners: dict[int, Listener] = {}
+    for pid in filter(str.isdigit, os.listdir(proc)) if wanted else ():
+        try:
+            links = [os.readlink(f"{proc}/{pid}/fd/{fd}") for fd in os.listdir(f"{proc}/{pid}/fd")]
+        except OSError:
+            continue
+        for port in {wanted[link] for link in links if link in wanted}:
+            unit = unit_of(_read(f"{proc}/{pid}/cgroup"))
+            owners.setdefault(port, Listener(port, _read(f"{proc}/{pid}/comm").strip(), int(pid), unit))
+    return [owners.get(port, Listener(port, "", 0, "")) for port in sorted(set(wanted.values()))]
+
+
+def foreign_listeners(ports: Mapping[str, int], proc: str = "/proc") -> list[str]:
+    """A sentence for each instance whose port a program other than one of our engines has."""
+    found = {listener.port: listener for listener in listeners(ports.values(), proc)}
+    return [
+        f"port {port} of instance {name} is taken by {found[port]}: stop it, or declare another port"
+        for name, port in ports.items()
+        if port in found and not found[port].unit.startswith("vllm@")
+    ]
+
+
+def parse_gpus(csv: str) -> dict[int, str]:
+    """Index to UUID, from ``nvidia-smi --query-gpu=index,uuid --format=csv,noheader``."""
+    pairs = (line.split(",") for line in csv.splitlines() if line.count(",") == 1)
+    return {int(index): uuid.strip() for index, uuid in pairs if index.strip().isdigit()}
+
+
+def gpus(run: Runner) -> tuple[dict[int, str], str]:
+    """The host's GPUs (index to UUID), and why they cannot be told where that is so."""
+    try:
+        rc, out, err = run(["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"])
+    except FileNotFoundError:
+        return {}, "nvidia-smi is not there: install the NVIDIA driver"
+    if rc != 0:
+        return {}, f"nvidia-smi failed with status {rc}: {(out + err).strip()}"
+    return parse_gpus(out), ""
+
+
+def match_gpus(
+    declared: Mapping[str, Iterable[int | str]], present: Mapping[int, str]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """UUIDs of each instance's GPUs, and a sentence for each that the host does not have, or has twice."""
+    result: dict[str, list[str]] = {}
+    errors: list[str] = []
+    owner: dict[str, str] = {}
+    have = ", ".join(f"{index} ({uuid})" for index, uuid in sorted(present.items())) or "none"
+    for name, wanted in declared.items():
+        result[name] = []
+        for gpu in wanted:
+            uuid = present.get(gpu) if isinstance(gpu, int) else (gpu if gpu in present.values() else None)
+            if uuid is None:
+                errors.append(f"GPU {gpu} of instance {name} is not there: the host has {have}")
+            elif uuid in owner:
+                errors.append(f"GPU {gpu} of instance {name} is {uuid}, which instance {owner[uuid]} has already")
+            else:
+                owner[uuid] = name
+                result[name].append(uuid)
+    return result, errors
+
+
+def python_complaint(version: str, path: str) -> str:
+    """Why the interpreter cannot carry vLLM, or the empty string. ``version`` is such as 3.11.2."""
+    parts = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if (3, 11) <= parts <= (3, 13):
+        return ""
+    found = f"is Python {version}" if parts else "is not there"
+    return f"vllm_python is {path}, which {found}: wanted 3.11, 3.12 or 3.13"

@@ -1,0 +1,301 @@
+# Copyright: the nvl.vllm authors
+# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+"""Before, while and after an engine starts: what ``vllm@NAME.service`` asks of its helper.
+
+vLLM has no readiness protocol for systemd, two engines that profile memory at the same time
+mis-size each other (vllm#55827), and GPU memory is given back seconds after a process has ended. So
+the unit runs this helper
+
+``prepare`` (ExecStartPre)
+    backs off after failed starts, waits for the host's other engines to finish theirs, and for the
+    memory of its GPUs;
+``ready`` (ExecStartPost)
+    holds the start job until the engine has answered a completion;
+``stopped`` (ExecStopPost)
+    gives the turn to start to the next one.
+
+``prepare`` also records a fingerprint of everything the engine is started from. Whether a running
+engine is what the files on disk say is then a comparison, not a guess from time stamps.
+
+The helper runs as root with the unit's environment. Its state lies in ``/run/nvl-vllm``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import hashlib
+import json
+import math
+import os
+import select
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ._health import Look, wait_until
+from ._host import Runner
+from ._http import Endpoint
+
+STATE = "/run/nvl-vllm"
+CONFIG = "/etc/vllm"
+UNITS = "/etc/systemd/system"
+LONGEST_BACK_OFF = 60.0
+GPU_RELEASE_SECONDS = 90.0
+
+
+class NotReady(Exception):
+    """Why an engine cannot start now; the text goes to the journal."""
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where things are; tests put them elsewhere."""
+
+    state: str = STATE
+    config: str = CONFIG
+    units: str = UNITS
+
+
+def fingerprint(name: str, root: str, model_path: str, paths: Paths = Paths()) -> str:
+    """SHA-256 over all that an engine is started from.
+
+    Its configuration, its environment, its unit with all overrides, the release that ``current``
+    points to, and the checkpoint's files by name, size and modification time. A file that is not
+    there counts as such.
+    """
+    digest = hashlib.sha256()
+    for path in (
+        f"{paths.config}/{name}.yaml",
+        f"{paths.config}/{name}.env",
+        f"{paths.units}/vllm@.service",
+        *sorted(glob.glob(f"{paths.units}/vllm@.service.d/*.conf")),
+        *sorted(glob.glob(f"{paths.units}/vllm@{name}.service.d/*.conf")),
+    ):
+        digest.update(f"\0{path}\0".encode())
+        try:
+            with open(path, "rb") as stream:
+                digest.update(stream.read())
+        except FileNotFoundError:
+            digest.update(b"absent")
+    digest.update(os.path.realpath(f"{root}/current").encode())
+    for folder, _, names in sorted(os.walk(os.path.realpath(model_path))):
+        for entry in sorted(names):
+            stat = os.stat(os.path.join(folder, entry))
+            digest.update(f"\0{folder}/{entry} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def read_state(name: str, paths: Paths = Paths()) -> dict[str, object]:
+    """``fingerprint`` of the last start and ``failed_starts`` since the last good one, or nothing."""
+    try:
+        with open(f"{paths.state}/{name}.json", encoding="utf-8") as stream:
+            state = json.load(stream)
+    except (FileNotFoundError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def write_state(name: str, state: Mapping[str, object], paths: Paths = Paths()) -> None:
+    """Replace the state in one step."""
+    os.makedirs(paths.state, mode=0o755, exist_ok=True)
+    path = f"{paths.state}/{name}.json"
+    with open(path + ".new", "w", encoding="utf-8") as stream:
+        json.dump(state, stream)
+    os.replace(path + ".new", path)
+
+
+def back_off_seconds(failed_starts: int) -> float:
+    """None before the first try, then 2, 4, 8 ... up to a minute."""
+    return min(2.0**failed_starts, LONGEST_BACK_OFF) if failed_starts else 0.0
+
+
+def count_start(name: str, now: str, paths: Paths = Paths()) -> int:
+    """Record a start and return how many failed before it. Changed inputs begin at zero again."""
+    state = read_state(name, paths)
+    failed = state.get("failed_starts", 0) if state.get("fingerprint") == now else 0
+    failed = failed if isinstance(failed, int) else 0
+    write_state(name, {"fingerprint": now, "failed_starts": failed + 1}, paths)
+    return failed
+
+
+class Turn:
+    """The host's one turn to start. Held from ``prepare`` to ``ready`` or ``stopped``.
+
+    systemd runs these as separate processes, so no process can hold a lock throughout; the holder
+    stands in a file instead. A holder older than ``longest`` seconds (or of another boot, as the
+    file is in /run) is gone: systemd itself ends a start that takes longer.
+    """
+
+    def __init__(self, name: str, longest: float, paths: Paths = Paths()) -> None:
+        self.name = name
+        self.longest = longest
+        self.directory = paths.state
+
+    @contextmanager
+    def _holder(self) -> Iterator[dict[str, object]]:
+        """The holder as a dictionary that is written back, under a lock on the file."""
+        os.makedirs(self.directory, mode=0o755, exist_ok=True)
+        with open(f"{self.directory}/turn", "a+", encoding="utf-8") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            stream.seek(0)
+            text = stream.read()
+            holder: dict[str, object] = json.loads(text) if text else {}
+            yield holder
+            stream.seek(0)
+            stream.truncate()
+            stream.write(json.dumps(holder) if holder else "")
+
+    def take(self) -> str:
+        """Take the turn where it is free; the name of the holder, which is then one's own."""
+        with self._holder() as holder:
+            since = holder.get("since", 0.0)
+            age = time.monotonic() - (since if isinstance(since, float) else 0.0)
+            if not holder or holder.get("name") == self.name or not 0 <= age < self.longest:
+                holder.update(name=self.name, since=time.monotonic())
+            return str(holder["name"])
+
+    def give(self) -> None:
+        """Give the turn back where it is one's own."""
+        with self._holder() as holder:
+            if holder.get("name") == self.name:
+                holder.clear()
+
+
+def wanted_mib(csv: str, utilization: float) -> list[tuple[int, int]]:
+    """(free, wanted) MiB of each GPU, as vLLM's own check at start computes them.
+
+    ``csv`` is the answer to ``--query-gpu=memory.total,memory.reserved,memory.free``. vLLM wants
+    ceil(total as CUDA sees it * gpu_memory_utilization); CUDA sees total less reserved.
+    """
+    result = []
+    for line in csv.strip().splitlines():
+        total, reserved, free = (int(field) for field in line.split(","))
+        result.append((free, math.ceil((total - reserved) * utilization)))
+    return result
+
+
+def wait_for_gpus(
+    gpus: str,
+    utilization: float,
+    run: Runner,
+    pause: Callable[[float], object],
+    seconds: float = GPU_RELEASE_SECONDS,
+) -> None:
+    """Wait until the GPUs (UUIDs, comma-separated) have the memory that the engine will ask for.
+
+    Raises NotReady with the figures where they do not get it within ``seconds``.
+    """
+    end = time.monotonic() + seconds
+    query = ["--query-gpu=memory.total,memory.reserved,memory.free", "--format=csv,noheader,nounits"]
+    while True:
+        rc, out, err = run(["nvidia-smi", f"--id={gpus}", *query])
+        if rc != 0:
+            raise NotReady(f"nvidia-smi failed with status {rc}: {(out + err).strip()}")
+        short = [(free, want) for free, want in wanted_mib(out, utilization) if free < want]
+        if not short:
+            return
+        if time.monotonic() >= end:
+            free, want = short[0]
+            raise NotReady(
+                f"a GPU of {gpus} has {free} MiB free and gpu-memory-utilization {utilization} wants {want} MiB: "
+                "end what else runs there (nvidia-smi names it), or lower gpu-memory-utilization"
+            )
+        pause(1.0)
+
+
+class Helper:
+    """The three moments of a unit's life. ``environment`` is what the unit gives its processes."""
+
+    def __init__(
+        self,
+        name: str,
+        environment: Mapping[str, str],
+        run: Runner,
+        paths: Paths = Paths(),
+        say: Callable[[str], object] = print,
+        pause: Callable[[float], object] = threading.Event().wait,
+    ) -> None:
+        self.name = name
+        self.environment = environment
+        self.run = run
+        self.paths = paths
+        self.say = say
+        self.pause = pause
+        self.timeout = float(environment["NVL_VLLM_START_TIMEOUT"])
+        # Less than systemd's own timeout, so that a lost turn is noticed before the waiting start is ended.
+        self.turn = Turn(name, self.timeout * 0.9, paths)
+
+    def prepare(self) -> None:
+        now = fingerprint(
+            self.name, self.environment["NVL_VLLM_ROOT"], self.environment["NVL_VLLM_MODEL_PATH"], self.paths
+        )
+        failed = count_start(self.name, now, self.paths)
+        if failed:
+            self.say(f"{failed} starts failed before this one: waiting {back_off_seconds(failed):.0f} s")
+            self.pause(back_off_seconds(failed))
+        holder = self.turn.take()
+        if holder != self.name:
+            self.say(f"waiting for {holder} to finish its start, as engines size their memory one at a time")
+        while holder != self.name:
+            self.pause(0.5)
+            holder = self.turn.take()
+        gpus = self.environment.get("CUDA_VISIBLE_DEVICES", "")
+        if gpus:
+            utilization = float(self.environment["NVL_VLLM_GPU_MEMORY_UTILIZATION"])
+            wait_for_gpus(gpus, utilization, self.run, self.pause)
+
+    def ready(self) -> None:
+        main = int(self.environment["MAINPID"])
+        with _watch(main) as (pause, gone):
+            probe = wait_until(
+                Endpoint(self.name, self.environment["NVL_VLLM_URL"], self.environment.get("VLLM_API_KEY") or None),
+                Look(
+                    model=self.environment["NVL_VLLM_SERVED_MODEL_NAME"],
+                    timeout=min(60.0, self.timeout),
+                    pause=pause,
+                ),
+                self.timeout * 0.9,
+                give_up=lambda: "the engine ended while it started" if gone() else "",
+            )
+        if not probe.ok:
+            raise NotReady(probe.reason)
+        write_state(self.name, dict(read_state(self.name, self.paths), failed_starts=0), self.paths)
+        self.turn.give()
+        self.say(probe.reason)
+
+    def stopped(self) -> None:
+        self.turn.give()
+
+
+@contextmanager
+def _watch(pid: int) -> Iterator[tuple[Callable[[float], object], Callable[[], bool]]]:
+    """A pause that ends early when the process does, and whether it has."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        yield (lambda _: None), (lambda: True)
+        return
+    poller = select.poll()
+    poller.register(descriptor, select.POLLIN)
+    try:
+        yield (lambda seconds: poller.poll(seconds * 1000)), (lambda: bool(poller.poll(0)))
+    finally:
+        os.close(descriptor)
+
+
+def main(argv: list[str], environment: Mapping[str, str], run: Runner) -> int:
+    """``prepare|ready|stopped NAME``. Exit status 0, 1 with the reason on standard error, 2 for bad usage."""
+    if len(argv) != 2 or argv[0] not in ("prepare", "ready", "stopped"):
+        print("usage: vllm-unit prepare|ready|stopped NAME", file=sys.stderr)
+        return 2
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    try:
+        getattr(Helper(argv[1], environment, run), argv[0])()
+    except NotReady as problem:
+        print(f"not ready: {problem}", file=sys.stderr)
+        return 1
+    return 0
