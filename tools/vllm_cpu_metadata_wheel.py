@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Build the metadata-only ``vllm`` wheel that the CPU build of vLLM needs beside it.
 
-The CPU build is published as the distribution ``vllm-cpu``, but vLLM asks the installer's database for a distribution
-called ``vllm``: its command line prints that distribution's version and stops without it, and its platform detection
-takes a ``+cpu`` in that version as the sign of a CPU build (without it kernels for other CPUs are loaded, which ends in
-an illegal instruction). This wheel is that record and nothing else: no module, one dependency.
+The CPU build is published as the distribution ``vllm-cpu``, but vLLM asks the installer's database
+for a distribution called ``vllm``: its command line prints that distribution's version and stops
+without it, and its platform detection takes a ``+cpu`` in that version as the sign of a CPU build
+(without it kernels for other CPUs are loaded, which ends in an illegal instruction). This wheel is
+that record and nothing else: no module, one dependency.
 
-The bytes are the same on every machine and every Python (stored, not compressed; fixed times and permissions), so that
-the lock can hold the wheel's SHA-256 like that of any published file.
+The bytes are the same on every machine and every Python (stored, not compressed; fixed times and
+permissions), so that the lock can hold the wheel's SHA-256 like that of any published file.
 
 Usage: ``tools/vllm_cpu_metadata_wheel.py 0.32.0 DIRECTORY``
 """
@@ -49,13 +50,17 @@ def build(version: str) -> bytes:
             "Tag: py3-none-any\n"
         ),
     }
-    record = "".join(f"{name},{_record_hash(text)},{len(text.encode())}\n" for name, text in files.items())
+    record = "".join(
+        f"{name},{_record_hash(text)},{len(text.encode())}\n" for name, text in files.items()
+    )
     files[f"{info}/RECORD"] = f"{record}{info}/RECORD,,\n"
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as wheel:
         for name, text in files.items():
             entry = zipfile.ZipInfo(name, EARLIEST)
-            entry.create_system = 3  # Unix, also when built elsewhere: the permissions below are Unix ones
+            entry.create_system = (
+                3  # Unix, also when built elsewhere: the permissions below are Unix ones
+            )
             entry.external_attr = REGULAR_FILE_0644
             wheel.writestr(entry, text)
     return buffer.getvalue()

@@ -67,7 +67,7 @@ class Plan:
 class Load:
     """Steady load: ``concurrency`` threads, each sending its next request when its last has ended.
 
-    Every second request streams. The questions differ, so that caches do not answer for the engine.
+    Half of the requests stream. The questions differ, so that caches do not answer for the engine.
     """
 
     def __init__(self, client: DualEndpointClient, plan: Plan) -> None:
@@ -133,8 +133,8 @@ class Load:
                 with self._changed:
                     if self._stopping or self._ended():
                         return
-                    self._sent += 1
                     number = self._sent
+                    self._sent += 1
                 self._send(number)
         except BaseException as crash:
             with self._changed:
@@ -145,7 +145,10 @@ class Load:
 
     def _send(self, number: int) -> None:
         question = f"Count upwards from {number}."
-        outcome = self._client.request(question, self._plan.max_tokens, stream=number % 2 == 0)
+        # A round of endpoints plain, then a round streamed. One by one would go in step with the
+        # client's round robin, and one endpoint would get all the streams.
+        stream = number // len(self._client.endpoints) % 2 == 1
+        outcome = self._client.request(question, self._plan.max_tokens, stream)
         with self._changed:
             self.outcomes.append(outcome)
             self.completed += outcome.state == COMPLETED

@@ -33,7 +33,8 @@ Transport = Callable[[Endpoint, Messages, int, bool, float], Completion]
 class RetryPolicy:
     """The guide's numbers: 4 retries after 2, 4, 8, 16 s, health checks every 30 s.
 
-    ``request_timeout`` is the deadline of one attempt, streaming included. Raises ValueError.
+    ``request_timeout`` is the deadline of one attempt, streaming included, and of a health check.
+    Raises ValueError.
     """
 
     retries: int = 4
@@ -122,9 +123,10 @@ class DualEndpointClient:
         probe: Callable[[Endpoint], bool] | None = None,
         timer: SystemTimer | None = None,
     ) -> None:
+        self.endpoints = tuple(endpoints)
         self.policy = policy
         self.model = model
-        self._members = [_Member(endpoint) for endpoint in endpoints]
+        self._members = [_Member(endpoint) for endpoint in self.endpoints]
         self._transport = transport or self._chat
         self._probe = probe or self._serves
         self._timer = timer or SystemTimer()
@@ -156,7 +158,7 @@ class DualEndpointClient:
         """One chat completion with failover. The outcome says how it ended; nothing is raised."""
         started = self._timer.now()
         attempts: list[Attempt] = []
-        tried: dict[_Member, int] = {}  # and how many events each had seen, its failure included
+        tried: dict[_Member, int] = {}  # and how many events each had seen when it was chosen
         backoffs = 0
         while True:
             if len(tried) == len(self._members):
@@ -184,8 +186,9 @@ class DualEndpointClient:
         try:
             completion = self._transport(member.endpoint, messages, max_tokens, stream, timeout)
         except EndpointError as error:
-            news = not _rejected(error) and self._mark(member, False, seen)
-            tried[member] = seen + 1 if news else seen
+            if not _rejected(error):
+                self._mark(member, False, seen)
+            tried[member] = seen
             return Attempt(name, begun, self._timer.now(), error), None
         self._mark(member, True, seen)
         return Attempt(name, begun, self._timer.now()), completion
@@ -221,16 +224,13 @@ class DualEndpointClient:
                     return
                 self._timer.wait(self._changed, left)
 
-    def _mark(self, member: _Member, healthy: bool, seen: int) -> bool:
+    def _mark(self, member: _Member, healthy: bool, seen: int) -> None:
         """Note what was learnt, unless something happened there since it was ``seen``: old news."""
         with self._changed:
-            if seen != member.events:
-                return False
-            if not (healthy and member.healthy):
+            if seen == member.events and not (healthy and member.healthy):
                 member.events += 1
                 member.healthy = healthy
                 self._changed.notify_all()
-            return True
 
     def _watch(self, member: _Member) -> None:
         while True:
@@ -253,8 +253,8 @@ class DualEndpointClient:
         return _openai.chat(endpoint, self.model, messages, max_tokens, stream, seconds)
 
     def _serves(self, endpoint: Endpoint) -> bool:
-        timeout = min(self.policy.request_timeout, self.policy.health_interval)
-        return check(endpoint, Look("serves", self.model, timeout)).ok
+        # Not the interval: an endpoint is too slow when it is too slow for a request.
+        return check(endpoint, Look("serves", self.model, self.policy.request_timeout)).ok
 
 
 def _rejected(error: EndpointError) -> bool:

@@ -38,7 +38,7 @@ def main_pid(unit: str, run: Runner) -> int:
     if status != 0 or not value.isdigit():
         raise EngineError(
             f"wanted the main process of {unit} from systemctl, found exit status {status}: "
-            f"{(err or out).strip()}"
+            f"{' '.join((err or out).split())}"
         )
     if value == "0":
         raise EngineError(

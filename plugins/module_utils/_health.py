@@ -64,8 +64,9 @@ class Probe:
     tokens: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields that were measured."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        """The fields that were measured, the depth aside."""
+        fields = dataclasses.asdict(self)
+        return {k: value for k, value in fields.items() if value is not None and k != "depth"}
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,8 @@ def _probe(depth: str, endpoint: Endpoint, look: Look, prober: Prober) -> Probe:
             raise _Unwell(f"{endpoint}: wanted a verdict within {look.timeout:.3g} s, found none")
         return seconds
 
-    ok, facts = True, {}
+    ok = True
+    facts: dict[str, Any] = {}
     try:
         reason, facts = prober(endpoint, look, left)
     except _Unwell as unwell:

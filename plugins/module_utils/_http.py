@@ -188,7 +188,7 @@ class Exchange:
             context = ssl.create_default_context()
             self._socket = context.wrap_socket(self._socket, server_hostname=host)
         connection = http.client.HTTPConnection(host, port)
-        connection.sock = _Wire(self._socket, self)  # type: ignore[assignment]
+        connection.sock = _Wire(self._socket, self)
         headers = {"Accept": "*/*", "Connection": "close"}
         if self._endpoint.api_key:
             headers["Authorization"] = f"Bearer {self._endpoint.api_key}"
@@ -236,7 +236,7 @@ class Exchange:
             else:
                 found = "an answer without its end" if self._answered else "no answer"
             return self.error(DeadlineExceeded, f"{found} within {self._seconds:.3g} s")
-        what = shorten(str(error)) or type(error).__name__
+        what = shorten(getattr(error, "strerror", None) or error) or type(error).__name__
         if self._answered:
             found = f"the connection broken after {self.chunks} pieces of it ({what})"
             return self.error(ResponseCut, found)

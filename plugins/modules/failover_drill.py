@@ -16,7 +16,7 @@ description:
     returned either way.
   - Refuses, with nothing touched, unless every endpoint serves first. With one endpoint already
     down, the drill itself would take the service down.
-  - Every second request streams. A request is lost when it ended without an answer after all its
+  - Half of the requests stream. A request is lost when it ended without an answer after all its
     retries, and truncated when it failed after output had been streamed; such a request is never
     repeated.
   - Must run on the host of the target's unit, as root.
@@ -84,7 +84,7 @@ options:
     type: float
     default: 30.0
   request_timeout:
-    description: Total deadline (seconds) of one attempt.
+    description: Total deadline (seconds) of one attempt, and of one health check of the client.
     type: float
     default: 60.0
   recovery_timeout:
@@ -256,11 +256,11 @@ import dataclasses
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.nvl.vllm.plugins.module_utils._drill import (
-    Budget,
     DrillRefused,
     Plan,
     run_drill,
 )
+from ansible_collections.nvl.vllm.plugins.module_utils._drill_report import Budget
 from ansible_collections.nvl.vllm.plugins.module_utils._dual_client import RetryPolicy
 from ansible_collections.nvl.vllm.plugins.module_utils._engine_process import KillEngine
 from ansible_collections.nvl.vllm.plugins.module_utils._openai import endpoints_of
