@@ -19,27 +19,26 @@ _LISTEN = "0A"
 
 
 class Listener(NamedTuple):
-    """A program that listens on a TCP port."""
+    """A program that listens on a TCP port. ``uid`` is the socket's; the rest is empty where /proc does not tell."""
 
     port: int
-    program: str
-    pid: int
-    unit: str
+    uid: int
+    program: str = ""
+    pid: int = 0
+    unit: str = ""
 
     def __str__(self) -> str:
         if not self.pid:
-            return "a program of another network or user namespace"
+            return f"a program of user {self.uid} that cannot be told from here (container, other namespace)"
         return f"{self.program} (process {self.pid}{', ' + self.unit if self.unit else ''})"
 
 
-def listening_inodes(table: str) -> dict[int, set[str]]:
-    """Port to socket inodes, from the text of ``/proc/net/tcp`` or ``tcp6``."""
-    found: dict[int, set[str]] = {}
-    for line in table.splitlines()[1:]:
-        fields = line.split()
-        if len(fields) > 9 and fields[3] == _LISTEN:
-            found.setdefault(int(fields[1].rpartition(":")[2], 16), set()).add(fields[9])
-    return found
+def listening_sockets(table: str) -> dict[str, tuple[int, int]]:
+    """Inode to port and uid of each listening socket, from the text of ``/proc/net/tcp`` or ``tcp6``."""
+    rows = (line.split() for line in table.splitlines()[1:])
+    return {
+        row[9]: (int(row[1].rpartition(":")[2], 16), int(row[7])) for row in rows if len(row) > 9 and row[3] == _LISTEN
+    }
 
 
 def unit_of(cgroup: str) -> str:
@@ -57,31 +56,40 @@ def _read(path: str) -> str:
 
 
 def listeners(ports: Iterable[int], proc: str = "/proc") -> list[Listener]:
-    """Who listens on the given ports, in any address family. Needs root to name the programs."""
-    wanted: dict[str, int] = {}
+    """Who listens on the given ports, in any address family. Programs are named where root may see them."""
+    ports = set(ports)
+    sockets: dict[str, tuple[int, int]] = {}
     for table in ("tcp", "tcp6"):
-        for port, inodes in listening_inodes(_read(f"{proc}/net/{table}")).items():
-            if port in set(ports):
-                wanted.update((f"socket:[{inode}]", port) for inode in inodes)
-    owners: dict[int, Listener] = {}
-    for pid in filter(str.isdigit, os.listdir(proc)) if wanted else ():
+        for inode, (port, uid) in listening_sockets(_read(f"{proc}/net/{table}")).items():
+            if port in ports:
+                sockets[f"socket:[{inode}]"] = (port, uid)
+    found = {port: Listener(port, uid) for port, uid in sockets.values()}
+    for pid in filter(str.isdigit, os.listdir(proc)) if sockets else ():
         try:
             links = [os.readlink(f"{proc}/{pid}/fd/{fd}") for fd in os.listdir(f"{proc}/{pid}/fd")]
         except OSError:
-            continue
-        for port in {wanted[link] for link in links if link in wanted}:
+            continue  # it ended, or a container's root may not look into it
+        for port, uid in {sockets[link] for link in links if link in sockets}:
             unit = unit_of(_read(f"{proc}/{pid}/cgroup"))
-            owners.setdefault(port, Listener(port, _read(f"{proc}/{pid}/comm").strip(), int(pid), unit))
-    return [owners.get(port, Listener(port, "", 0, "")) for port in sorted(set(wanted.values()))]
+            found[port] = Listener(port, uid, _read(f"{proc}/{pid}/comm").strip(), int(pid), unit)
+    return [found[port] for port in sorted(found)]
 
 
-def foreign_listeners(ports: Mapping[str, int], proc: str = "/proc") -> list[str]:
-    """A sentence for each instance whose port a program other than one of our engines has."""
+def foreign_listeners(ports: Mapping[str, int], own_uid: int | None, proc: str = "/proc") -> list[str]:
+    """A sentence for each instance whose port a program other than one of our engines has.
+
+    ``own_uid`` is the engines' user, where there is one already: it decides where the program
+    cannot be told.
+    """
     found = {listener.port: listener for listener in listeners(ports.values(), proc)}
+
+    def own(listener: Listener) -> bool:
+        return listener.unit.startswith("vllm@") if listener.pid else listener.uid == own_uid
+
     return [
         f"port {port} of instance {name} is taken by {found[port]}: stop it, or declare another port"
         for name, port in ports.items()
-        if port in found and not found[port].unit.startswith("vllm@")
+        if port in found and not own(found[port])
     ]
 
 

@@ -45,6 +45,7 @@ __all__ = [
     "metrics",
     "models",
     "sse_data",
+    "version",
 ]
 
 Messages = Union[str, Sequence[Mapping[str, Any]]]
@@ -88,6 +89,15 @@ def models(endpoint: Endpoint, deadline_seconds: float) -> list[str]:
             f"{endpoint}: wanted a list of models from /v1/models, found {shorten(body)}; "
             f"is this an OpenAI-compatible server?"
         ) from error
+
+
+def version(endpoint: Endpoint, deadline_seconds: float) -> str:
+    """Version of the vLLM that answers, such as ``0.32.0+cpu``. Raises EndpointError."""
+    body = get(endpoint, "/version", deadline_seconds)
+    try:
+        return str(json.loads(body)["version"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ResponseFailed(f"{endpoint}: wanted vLLM's version from /version, found {shorten(body)}") from error
 
 
 def metrics(endpoint: Endpoint, names: Sequence[str], deadline_seconds: float) -> dict[str, float]:

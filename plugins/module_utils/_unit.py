@@ -35,10 +35,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from ._health import Look, wait_until
 from ._host import Runner
 from ._http import Endpoint
+from ._json_file import read_object, write_object
 
 STATE = "/run/nvl-vllm"
 CONFIG = "/etc/vllm"
@@ -89,23 +91,14 @@ def fingerprint(name: str, root: str, model_path: str, paths: Paths = Paths()) -
     return digest.hexdigest()
 
 
-def read_state(name: str, paths: Paths = Paths()) -> dict[str, object]:
+def read_state(name: str, paths: Paths = Paths()) -> dict[str, Any]:
     """``fingerprint`` of the last start and ``failed_starts`` since the last good one, or nothing."""
-    try:
-        with open(f"{paths.state}/{name}.json", encoding="utf-8") as stream:
-            state = json.load(stream)
-    except (FileNotFoundError, ValueError):
-        return {}
-    return state if isinstance(state, dict) else {}
+    return read_object(f"{paths.state}/{name}.json")
 
 
-def write_state(name: str, state: Mapping[str, object], paths: Paths = Paths()) -> None:
-    """Replace the state in one step."""
-    os.makedirs(paths.state, mode=0o755, exist_ok=True)
-    path = f"{paths.state}/{name}.json"
-    with open(path + ".new", "w", encoding="utf-8") as stream:
-        json.dump(state, stream)
-    os.replace(path + ".new", path)
+def write_state(name: str, state: Mapping[str, Any], paths: Paths = Paths()) -> None:
+    """Replace the state of one instance."""
+    write_object(f"{paths.state}/{name}.json", state)
 
 
 def back_off_seconds(failed_starts: int) -> float:
@@ -117,7 +110,6 @@ def count_start(name: str, now: str, paths: Paths = Paths()) -> int:
     """Record a start and return how many failed before it. Changed inputs begin at zero again."""
     state = read_state(name, paths)
     failed = state.get("failed_starts", 0) if state.get("fingerprint") == now else 0
-    failed = failed if isinstance(failed, int) else 0
     write_state(name, {"fingerprint": now, "failed_starts": failed + 1}, paths)
     return failed
 

@@ -9,10 +9,12 @@ is only ever set to a complete release.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ._json_file import read_object, write_object
 
 MARKER = ".release.json"
 
@@ -42,26 +44,14 @@ class Supply(NamedTuple):
         return "index " + (", ".join(self.index_urls) or "of the host's own configuration")
 
 
-def read_marker(release: str) -> dict[str, object] | None:
-    """The marker of a complete release, or None where there is none or it is not readable JSON."""
-    try:
-        with open(os.path.join(release, MARKER), encoding="utf-8") as stream:
-            marker = json.load(stream)
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    return marker if isinstance(marker, dict) else None
+def read_marker(release: str) -> dict[str, Any] | None:
+    """The marker of a complete release, or None where the release is not there or not complete."""
+    return read_object(os.path.join(release, MARKER)) or None
 
 
-def write_marker(release: str, marker: dict[str, object]) -> None:
-    """Write the marker in one step (rename), so that it is never there half."""
-    path = os.path.join(release, MARKER)
-    with open(path + ".new", "w", encoding="utf-8") as stream:
-        json.dump(marker, stream, indent=2, sort_keys=True)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.chmod(path + ".new", 0o644)
-    os.replace(path + ".new", path)
+def write_marker(release: str, marker: Mapping[str, Any]) -> None:
+    """Declare the release complete."""
+    write_object(os.path.join(release, MARKER), marker)
 
 
 def locked_packages(lock_text: str) -> list[str]:

@@ -111,6 +111,19 @@ options:
       recovery:
         description: Seconds from the fault until the target serves again. Not set, no limit.
         type: float
+  subject:
+    description:
+      - What the drill proves something about, such as a digest of everything the engines run from.
+        With it, a passed drill is recorded in O(proof), and is not repeated for the same subject.
+    type: str
+  proof:
+    description: File on the host where the last passed drill is recorded.
+    type: path
+    default: /var/lib/nvl-vllm/drill.json
+  force:
+    description: Drill even where O(proof) records a pass for O(subject).
+    type: bool
+    default: false
 attributes:
   check_mode:
     description: Sends no load and injects no fault; is skipped with a message that says what it
@@ -151,6 +164,11 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+proven:
+  description: When (UTC) the drill passed whose numbers these are, where it was an earlier one.
+  returned: when there was no new drill
+  type: str
+  sample: "2026-01-31T12:00:00Z"
 target:
   description: Name of the endpoint that suffered the fault.
   returned: when there was a drill
@@ -253,6 +271,7 @@ errors:
 """
 
 import dataclasses
+import time
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.nvl.vllm.plugins.module_utils._drill import (
@@ -263,6 +282,7 @@ from ansible_collections.nvl.vllm.plugins.module_utils._drill import (
 from ansible_collections.nvl.vllm.plugins.module_utils._drill_report import Budget
 from ansible_collections.nvl.vllm.plugins.module_utils._dual_client import RetryPolicy
 from ansible_collections.nvl.vllm.plugins.module_utils._engine_process import KillEngine
+from ansible_collections.nvl.vllm.plugins.module_utils._json_file import read_object, write_object
 from ansible_collections.nvl.vllm.plugins.module_utils._openai import endpoints_of
 
 PLAN = ("concurrency", "max_tokens", "requests_before", "requests_after", "recovery_timeout")
@@ -283,6 +303,10 @@ def main() -> None:
     target = next(endpoint for endpoint in endpoints if endpoint.name == name)
     fault = KillEngine(unit, module.run_command)
 
+    subject, record = params["subject"], read_object(params["proof"])
+    if subject and record.get("subject") == subject and not params["force"]:
+        module.exit_json(changed=False, proven=record["time"], **record["numbers"])
+
     if module.check_mode:
         through = ", ".join(endpoint.name for endpoint in endpoints)
         module.exit_json(
@@ -298,6 +322,9 @@ def main() -> None:
     result = {"target": target.name, "fault": str(fault), **numbers}
     if numbers["broken"]:
         module.fail_json(msg=f"Drill failed: {'; '.join(numbers['broken'])}", **result)
+    if subject:
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        write_object(params["proof"], {"subject": subject, "time": when, "numbers": result})
     module.exit_json(changed=False, **result)
 
 
@@ -336,6 +363,9 @@ def argument_spec() -> dict[str, object]:
         target={"type": "str"},
         model={"type": "str"},
         api_key={"type": "str", "no_log": True},
+        subject={"type": "str"},
+        proof={"type": "path", "default": "/var/lib/nvl-vllm/drill.json"},
+        force={"type": "bool", "default": False},
         fault={"type": "str", "choices": ["kill"], "default": "kill"},
         budget={
             "type": "dict",

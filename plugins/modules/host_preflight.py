@@ -24,6 +24,10 @@ options:
     type: list
     elements: dict
     required: true
+  user:
+    description: The engines' user, who may have the ports already.
+    type: str
+    required: true
   python:
     description: Interpreter that vLLM's environment is made from.
     type: path
@@ -53,6 +57,7 @@ EXAMPLES = r"""
   nvl.vllm.host_preflight:
     device: cuda
     instances: "{{ vllm_declared.instances }}"
+    user: vllm
     python: /usr/bin/python3
     release: /opt/vllm/0.32.0-cuda-1a2b3c4d
     required_space: 14336
@@ -72,6 +77,7 @@ gpu_problem:
 
 import os
 import platform
+import pwd
 import shutil
 import socket
 
@@ -92,6 +98,7 @@ def main():
         argument_spec={
             "device": {"type": "str", "choices": ["cuda", "cpu"], "required": True},
             "instances": {"type": "list", "elements": "dict", "required": True},
+            "user": {"type": "str", "required": True},
             "python": {"type": "path", "required": True},
             "release": {"type": "path", "required": True},
             "required_space": {"type": "int", "required": True},
@@ -126,7 +133,11 @@ def main():
                 f"{free} MiB: free space there, or set vllm_root to a directory on a larger file system"
             )
 
-    errors += _host.foreign_listeners({instance["name"]: instance["port"] for instance in instances})
+    try:
+        own_uid = pwd.getpwnam(params["user"]).pw_uid
+    except KeyError:
+        own_uid = None
+    errors += _host.foreign_listeners({instance["name"]: instance["port"] for instance in instances}, own_uid)
 
     gpus, problem = {}, ""
     if params["device"] == "cuda":

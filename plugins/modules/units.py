@@ -58,6 +58,10 @@ instances:
   returned: success
   type: dict
   sample: {"primary": "restarted", "secondary": "none"}
+fingerprints:
+  description: Digest of everything that each engine is started from (SHA-256), per instance.
+  returned: success
+  type: dict
 removed:
   description: Instances that are no longer declared and were removed.
   returned: success
@@ -155,6 +159,7 @@ def main():
     result = {
         "changed": bool(changes.lines_before or changes.lines_after),
         "instances": {unit.name: unit.action for unit in found},
+        "fingerprints": {unit.name: unit.wanted for unit in found},
         "removed": gone,
         "seconds": {},
         "diff": {"before": "".join(changes.lines_before), "after": "".join(changes.lines_after)},

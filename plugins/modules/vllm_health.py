@@ -30,11 +30,18 @@ options:
         description: Base URL such as C(http://127.0.0.1:8001), without C(/v1).
         type: str
         required: true
+      unit:
+        description: Its systemd unit; the message about an endpoint that is not well says how to
+          read the journal of that unit.
+        type: str
   model:
     description: Served name that must be listed. Without it the first listed model is taken.
     type: str
   api_key:
     description: Key of the C(/v1) interface, where the servers ask for one.
+    type: str
+  version:
+    description: Version that C(/version) must report, local part (C(+cpu)) aside. Without it, it is not asked.
     type: str
   depth:
     description:
@@ -175,7 +182,12 @@ from ansible_collections.nvl.vllm.plugins.module_utils._health import (
     examine_all,
     healthy,
 )
-from ansible_collections.nvl.vllm.plugins.module_utils._openai import endpoints_of
+from ansible_collections.nvl.vllm.plugins.module_utils._openai import (
+    Endpoint,
+    EndpointError,
+    endpoints_of,
+    version,
+)
 
 
 def main() -> None:
@@ -189,10 +201,12 @@ def main() -> None:
                 "options": {
                     "name": {"type": "str", "required": True},
                     "url": {"type": "str", "required": True},
+                    "unit": {"type": "str"},
                 },
             },
             "model": {"type": "str"},
             "api_key": {"type": "str", "no_log": True},
+            "version": {"type": "str"},
             "depth": {"type": "str", "choices": list(DEPTHS), "default": "serves"},
             "timeout": {"type": "float", "default": 30.0},
             "wait": {"type": "float", "default": 0.0},
@@ -210,15 +224,18 @@ def main() -> None:
     found = examine_all(endpoints, look, params["wait"])
     results = []
     unwell = []
-    for endpoint, probes in zip(endpoints, found):
-        well = healthy(probes, look)
-        if not well:
-            unwell.append(list(probes.values())[-1].reason)
+    for endpoint, probes, item in zip(endpoints, found, params["endpoints"]):
+        reason = "" if healthy(probes, look) else list(probes.values())[-1].reason
+        if not reason and params["version"]:
+            reason = other_version(endpoint, params["version"], params["timeout"])
+        if reason:
+            hint = f" (see journalctl -u {item['unit']})" if item["unit"] else ""
+            unwell.append(reason + hint)
         results.append(
             {
                 "name": endpoint.name,
                 "url": endpoint.url,
-                "healthy": well,
+                "healthy": not reason,
                 **{depth: probes[depth].as_dict() if depth in probes else {} for depth in DEPTHS},
             }
         )
@@ -226,6 +243,15 @@ def main() -> None:
         count = f"{len(unwell)} of {len(endpoints)} endpoints not healthy: "
         module.fail_json(msg=count + "; ".join(unwell), endpoints=results)
     module.exit_json(changed=False, endpoints=results)
+
+
+def other_version(endpoint: Endpoint, wanted: str, timeout: float) -> str:
+    """Why the endpoint does not run the wanted version of vLLM, or the empty string."""
+    try:
+        found = version(endpoint, timeout)
+    except EndpointError as error:
+        return str(error)
+    return "" if found.partition("+")[0] == wanted else f"{endpoint}: wanted vLLM {wanted}, found {found}: restart it"
 
 
 if __name__ == "__main__":

@@ -54,6 +54,13 @@ def test_each_unwell_endpoint_is_named_with_its_reason(health):
     assert result["endpoints"][1]["serves"] == {}
 
 
+def test_the_journal_of_an_unwell_unit_is_named(health):
+    unit = "vllm@primary.service"
+    health.primary.health = 503
+    result = health(endpoints=[{"name": "primary", "url": health.primary.url, "unit": unit}])
+    assert result["msg"].endswith(f"(see journalctl -u {unit})")
+
+
 def test_one_unwell_endpoint_leaves_the_other_well(health):
     health.secondary.health = 503
     result = health(depth="alive")
