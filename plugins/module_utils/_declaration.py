@@ -19,6 +19,7 @@ from ._serve_help import ServeOptions
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 _UUID = re.compile(r"(GPU|MIG)-[0-9a-fA-F-]{8,}")
+_SECRET = re.compile(r"(^|[._-])(keys?|token|secret|password)$", re.IGNORECASE)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -90,7 +91,8 @@ class _Resolver:
         self.errors: list[str] = []
 
     def refuse(self, variable: str, value: Any, wanted: str) -> None:
-        self.errors.append(f"{self.declared.inventory_hostname}: {variable} is {value!r}: {wanted}")
+        shown = "***" if _SECRET.search(variable) else repr(value)
+        self.errors.append(f"{self.declared.inventory_hostname}: {variable} is {shown}: {wanted}")
 
     def resolve(self) -> tuple[list[Instance], list[str]]:
         declared = self.declared
@@ -104,7 +106,7 @@ class _Resolver:
         self.environment("vllm_environment", declared.environment)
 
         if not isinstance(declared.instances, list) or not declared.instances:
-            self.refuse("vllm_instances", declared.instances, "wanted a list of at least one instance with name and port")
+            self.refuse("vllm_instances", declared.instances, "wanted a list of one instance or more")
             return [], self.errors
         instances = [self.instance(f"vllm_instances[{i}]", item) for i, item in enumerate(declared.instances)]
         self.unique(instances)
@@ -125,7 +127,7 @@ class _Resolver:
             self.refuse(f"{where}.port", port, "wanted a whole number from 1024 to 65535 (engines are unprivileged)")
         gpus = self.gpus(f"{where}.gpus", item.get("gpus", []))
         profile = item.get("profile", self.declared.profile)
-        if profile not in self.declared.profiles:
+        if not isinstance(profile, str) or profile not in self.declared.profiles:
             known = list(self.declared.profiles)
             variable = f"{where}.profile" if "profile" in item else "vllm_profile"
             self.refuse(variable, profile, f"wanted one of {', '.join(known)}{_hint(str(profile), known)}")
@@ -170,7 +172,7 @@ class _Resolver:
             key = str(given).lstrip("-").replace("_", "-")
             option = self.options.find(key)
             if key in _DECLARED:
-                self.refuse(f"{where}.{given}", "***" if key in ("api-key", "hf-token") else value, f"set {_DECLARED[key]} instead")
+                self.refuse(f"{where}.{given}", value, f"set {_DECLARED[key]} instead")
                 continue
             if option is None:
                 advice = _REMOVED.get(key) or _hint(key, self.options.names())
@@ -194,7 +196,7 @@ class _Resolver:
             return {}
         for name, value in environment.items():
             if name in _DECLARED_ENVIRONMENT:
-                self.refuse(f"{where}.{name}", "***", f"set {_DECLARED_ENVIRONMENT[name]} instead")
+                self.refuse(f"{where}.{name}", value, f"set {_DECLARED_ENVIRONMENT[name]} instead")
             elif not _VARIABLE.fullmatch(str(name)):
                 self.refuse(f"{where}.{name}", value, "wanted a name of letters, digits and '_'")
             elif isinstance(value, (Mapping, list, bool)) or value is None:
@@ -261,7 +263,7 @@ class _Resolver:
                 other = seen.setdefault((key, value), where)
                 if other != where:
                     what = "GPU" if key == "gpus" else key
-                    self.refuse(f"{where}.{key}", value, f"{other} has this {what} already: each instance needs its own")
+                    self.refuse(f"{where}.{key}", value, f"{other} has this {what}: each instance needs its own")
             if len(set(instance.gpus)) != len(instance.gpus):
                 self.refuse(f"{where}.gpus", instance.gpus, "a GPU is named twice")
 

@@ -207,9 +207,7 @@ def _refuse_unless_ready(endpoints: Sequence[Endpoint], look: Look, fault: Fault
     return served[0]
 
 
-def _refuse_unless_steady(
-    load: Load, client: DualEndpointClient, names: Sequence[str], plan: Plan
-) -> None:
+def _refuse_unless_steady(load: Load, client: DualEndpointClient, names: Sequence[str], plan: Plan) -> None:
     """Wait for the requests before the fault. Raises DrillRefused unless all went well."""
     wanted = plan.requests_before
     load.wait(lambda: load.completed >= wanted or load.lost > 0, plan.recovery_timeout)
@@ -218,15 +216,10 @@ def _refuse_unless_steady(
         found = f"{load.completed} completed, {load.lost} lost"
         if avoided:
             found += f", {', '.join(avoided)} avoided by the client after a failure"
-        raise DrillRefused(
-            f"wanted {wanted} requests to complete before the fault on healthy endpoints, "
-            f"found {found}"
-        )
+        raise DrillRefused(f"wanted {wanted} requests to complete before the fault on healthy endpoints, found {found}")
 
 
-def _break_and_await(
-    load: Load, target: Endpoint, fault: Fault, plan: Plan, look: Look
-) -> Timeline:
+def _break_and_await(load: Load, target: Endpoint, fault: Fault, plan: Plan, look: Look) -> Timeline:
     """The fault, the recovery and the requests after it. Raises DrillRefused without a fault."""
     fault_at = time.monotonic()
     try:

@@ -39,9 +39,7 @@ class Budget:
     worst_latency: float | None = None
     recovery: float | None = None
 
-    def broken(
-        self, numbers: dict[str, Any], timeline: Timeline, concurrency: int, wanted_after: int
-    ) -> list[str]:
+    def broken(self, numbers: dict[str, Any], timeline: Timeline, concurrency: int, wanted_after: int) -> list[str]:
         """A sentence with the numbers for each limit that was not kept."""
         sent = numbers["sent"]
         found = []
@@ -50,8 +48,7 @@ class Budget:
         truncated = concurrency if self.truncated is None else self.truncated
         if numbers["truncated"] > truncated:
             found.append(
-                f"cut off {numbers['truncated']} of {sent} answers after their first token "
-                f"(budget {truncated})"
+                f"cut off {numbers['truncated']} of {sent} answers after their first token (budget {truncated})"
             )
         worst = numbers["latency"]["worst"]
         if self.worst_latency is not None and worst is not None and worst > self.worst_latency:
@@ -60,20 +57,13 @@ class Budget:
         if recovery is None:
             found.append(f"{timeline.target} did not serve again: {timeline.not_recovered}")
         elif self.recovery is not None and recovery > self.recovery:
-            found.append(
-                f"{timeline.target} served again after {recovery} s (budget {self.recovery:g} s)"
-            )
+            found.append(f"{timeline.target} served again after {recovery} s (budget {self.recovery:g} s)")
         if recovery is not None and numbers["completed_after"] < wanted_after:
-            found.append(
-                f"{numbers['completed_after']} requests completed after the recovery "
-                f"(wanted {wanted_after})"
-            )
+            found.append(f"{numbers['completed_after']} requests completed after the recovery (wanted {wanted_after})")
         return found
 
 
-def summarise(
-    outcomes: Sequence[Outcome], timeline: Timeline, endpoints: Sequence[str]
-) -> dict[str, Any]:
+def summarise(outcomes: Sequence[Outcome], timeline: Timeline, endpoints: Sequence[str]) -> dict[str, Any]:
     """Counts and times of a whole drill. Latencies are those of completed requests."""
     states = Counter(outcome.state for outcome in outcomes)
     completed = [outcome for outcome in outcomes if outcome.state == COMPLETED]
@@ -85,9 +75,7 @@ def summarise(
     return {
         "sent": len(outcomes),
         "completed": states[COMPLETED],
-        "completed_after": sum(
-            recovered is not None and outcome.finished > recovered for outcome in completed
-        ),
+        "completed_after": sum(recovered is not None and outcome.finished > recovered for outcome in completed),
         "lost": states[LOST],
         "truncated": states[TRUNCATED],
         "retried": sum(len(outcome.attempts) > 1 for outcome in outcomes),

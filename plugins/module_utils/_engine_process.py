@@ -55,11 +55,7 @@ def find_engine(unit: str, run: Runner, proc: Path = Path("/proc")) -> Engine:
     family = [main]
     for pid in family:  # grows while it is walked: children, grandchildren, ...
         family += [child for child, (parent, _started) in processes.items() if parent == pid]
-    engines = [
-        Engine(pid, processes[pid][1])
-        for pid in family
-        if pid in processes and _is_engine(proc / str(pid))
-    ]
+    engines = [Engine(pid, processes[pid][1]) for pid in family if pid in processes and _is_engine(proc / str(pid))]
     if not engines:
         raise EngineError(
             f"wanted a process named {ENGINE_NAME} below {unit} (main process {main}), "
@@ -116,9 +112,7 @@ class KillEngine:
                 f"run the task as root (become: true)"
             ) from error
         except ProcessLookupError as error:
-            raise EngineError(
-                f"engine {engine.pid} of {self._unit} ended by itself before it was signalled"
-            ) from error
+            raise EngineError(f"engine {engine.pid} of {self._unit} ended by itself before it was signalled") from error
         return engine
 
 

@@ -114,9 +114,7 @@ def check(endpoint: Endpoint, look: Look) -> Probe:
     return list(examine(endpoint, look).values())[-1]
 
 
-def examine_all(
-    endpoints: Sequence[Endpoint], look: Look, wait: float = 0.0
-) -> list[dict[str, Probe]]:
+def examine_all(endpoints: Sequence[Endpoint], look: Look, wait: float = 0.0) -> list[dict[str, Probe]]:
     """Examine all endpoints at the same time, again and again until one round finds all well.
 
     No new round begins after ``wait`` seconds; with 0 there is one round.
@@ -154,9 +152,7 @@ def wait_until(
     def attempt(left: float) -> Probe:
         return check(endpoint, dataclasses.replace(look, timeout=min(look.timeout, left)))
 
-    probe, why = poll(
-        attempt, lambda found: found.ok, deadline_seconds, interval, give_up, look.clock, look.pause
-    )
+    probe, why = poll(attempt, lambda found: found.ok, deadline_seconds, interval, give_up, look.clock, look.pause)
     return probe if probe.ok else dataclasses.replace(probe, reason=f"{why}: {probe.reason}")
 
 
@@ -219,22 +215,16 @@ def _probe(depth: str, endpoint: Endpoint, look: Look, prober: Prober) -> Probe:
     return Probe(depth, ok, round(look.clock() - started, 3), reason, **facts)
 
 
-def _alive(
-    endpoint: Endpoint, _look: Look, left: Callable[[], float]
-) -> tuple[str, dict[str, Any]]:
+def _alive(endpoint: Endpoint, _look: Look, left: Callable[[], float]) -> tuple[str, dict[str, Any]]:
     _openai.get(endpoint, "/health", left())
     return f"{endpoint} answers /health with 200", {}
 
 
-def _serves(
-    endpoint: Endpoint, look: Look, left: Callable[[], float]
-) -> tuple[str, dict[str, Any]]:
+def _serves(endpoint: Endpoint, look: Look, left: Callable[[], float]) -> tuple[str, dict[str, Any]]:
     return _canary(endpoint, _listed_model(endpoint, look, left), look, left)
 
 
-def _progresses(
-    endpoint: Endpoint, look: Look, left: Callable[[], float]
-) -> tuple[str, dict[str, Any]]:
+def _progresses(endpoint: Endpoint, look: Look, left: Callable[[], float]) -> tuple[str, dict[str, Any]]:
     """Moving counters prove progress. Where none move (idle, or stuck) a canary decides."""
     model = _listed_model(endpoint, look, left)
     before = now = _counters(endpoint, left)
@@ -271,9 +261,7 @@ def _listed_model(endpoint: Endpoint, look: Look, left: Callable[[], float]) -> 
     return wanted
 
 
-def _canary(
-    endpoint: Endpoint, model: str, look: Look, left: Callable[[], float]
-) -> tuple[str, dict[str, Any]]:
+def _canary(endpoint: Endpoint, model: str, look: Look, left: Callable[[], float]) -> tuple[str, dict[str, Any]]:
     answer = _openai.chat(endpoint, model, CANARY, look.max_tokens, True, left())
     ttft = round(answer.ttft_seconds or answer.seconds, 3)
     return f"{endpoint} answers as {model}", {"model": model, "ttft_seconds": ttft}

@@ -7,9 +7,10 @@ Loaders read ``/proc`` and run ``nvidia-smi``; the rest is text in, values out.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 #: Runs a command and returns exit status, standard output, standard error.
@@ -55,6 +56,17 @@ def _read(path: str) -> str:
         return ""  # the process ended meanwhile, or IPv6 is off
 
 
+def _links(folder: str) -> Iterator[str]:
+    """Where the links of a folder lead; of a process that ended, or that one may not look into, none."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return
+    for name in names:
+        with contextlib.suppress(OSError):  # closed meanwhile
+            yield os.readlink(f"{folder}/{name}")
+
+
 def listeners(ports: Iterable[int], proc: str = "/proc") -> list[Listener]:
     """Who listens on the given ports, in any address family. Programs are named where root may see them."""
     ports = set(ports)
@@ -65,11 +77,7 @@ def listeners(ports: Iterable[int], proc: str = "/proc") -> list[Listener]:
                 sockets[f"socket:[{inode}]"] = (port, uid)
     found = {port: Listener(port, uid) for port, uid in sockets.values()}
     for pid in filter(str.isdigit, os.listdir(proc)) if sockets else ():
-        try:
-            links = [os.readlink(f"{proc}/{pid}/fd/{fd}") for fd in os.listdir(f"{proc}/{pid}/fd")]
-        except OSError:
-            continue  # it ended, or a container's root may not look into it
-        for port, uid in {sockets[link] for link in links if link in sockets}:
+        for port, uid in {sockets[link] for link in _links(f"{proc}/{pid}/fd") if link in sockets}:
             unit = unit_of(_read(f"{proc}/{pid}/cgroup"))
             found[port] = Listener(port, uid, _read(f"{proc}/{pid}/comm").strip(), int(pid), unit)
     return [found[port] for port in sorted(found)]

@@ -53,13 +53,9 @@ class Endpoint:
         except ValueError:
             usable = False
         if not usable or parts.query or parts.fragment or parts.username is not None:
-            raise ValueError(
-                f"endpoint {self.name}: wanted a URL such as http://127.0.0.1:8001, found {url!r}"
-            )
+            raise ValueError(f"endpoint {self.name}: wanted a URL such as http://127.0.0.1:8001, found {url!r}")
         if parts.path.endswith("/v1"):
-            raise ValueError(
-                f"endpoint {self.name}: wanted the base URL, found {url!r}; leave out the /v1"
-            )
+            raise ValueError(f"endpoint {self.name}: wanted the base URL, found {url!r}; leave out the /v1")
         if self.api_key is not None and not re.fullmatch(r"[\x21-\x7e]+", self.api_key):
             raise ValueError(
                 f"endpoint {self.name}: wanted an API key of printable ASCII characters, "
@@ -125,9 +121,7 @@ def endpoints_of(items: Iterable[Mapping[str, Any]], api_key: str | None) -> lis
         values = [getattr(endpoint, what) for endpoint in endpoints]
         doubled = sorted({value for value in values if values.count(value) > 1})
         if doubled:
-            raise ValueError(
-                f"wanted endpoints that differ in {what}, found {', '.join(doubled)} more than once"
-            )
+            raise ValueError(f"wanted endpoints that differ in {what}, found {', '.join(doubled)} more than once")
     return endpoints
 
 
@@ -166,15 +160,11 @@ class Exchange:
             raise socket.timeout("deadline passed")
         return left
 
-    def error(
-        self, kind: type[EndpointError], found: str, status: int | None = None
-    ) -> EndpointError:
+    def error(self, kind: type[EndpointError], found: str, status: int | None = None) -> EndpointError:
         """An error that names the endpoint, what was wanted and what was found."""
         return kind(f"{self._endpoint}: wanted {self._wanted}, found {found}", status, self.chunks)
 
-    def ask(
-        self, method: str, path: str, payload: Mapping[str, Any] | None = None
-    ) -> http.client.HTTPResponse:
+    def ask(self, method: str, path: str, payload: Mapping[str, Any] | None = None) -> http.client.HTTPResponse:
         """Send the request and return the response, its body unread.
 
         Raises HttpStatus, and what the network raises (see the class) for ``with`` to translate.

@@ -64,10 +64,11 @@ class Option:
         if isinstance(value, bool) or value is None:
             return f"{flag} wants a value, not {str(value).lower()}"
         if isinstance(value, dict):
-            return "" if "json" in self.text.lower() or "config" in self.name else f"{flag} takes no mapping"
+            takes = isinstance(self.default, dict) or "json" in self.text.lower() or "config" in self.name
+            return "" if takes else f"{flag} takes no mapping"
         if isinstance(value, list):
-            several = "..." in self.metavar or isinstance(self.default, (list, tuple)) or "json" in self.text.lower()
-            return "" if several else f"{flag} takes one value, not a list"
+            # vLLM hands the items of a list on one by one, so a list in JSON has to be a string.
+            return "" if "..." in self.metavar else f"{flag} takes one value, not a list (a list in JSON is a string)"
         if self.choices and str(value) not in self.choices:
             return f"wanted one of {', '.join(self.choices)}"
         return self._number_complaint(value)
@@ -77,7 +78,7 @@ class Option:
             fine = isinstance(value, (int, float)) and 0 < value <= 1
             return "" if fine else "wanted a number above 0, at most 1"
         if "human-readable" in self.text:
-            fine = _HUMAN.fullmatch(str(value)) is not None or (value == "auto" and "auto" in self.text)
+            fine = _HUMAN.fullmatch(str(value)) is not None or (str(value) in ("auto", "-1") and "auto" in self.text)
             return "" if fine else "wanted a whole number, or one such as 32k (32000) or 32K (32768)"
         if type(self.default) is int or self.name in _WHOLE:
             return "" if type(value) is int else "wanted a whole number"

@@ -30,14 +30,13 @@ import math
 import os
 import select
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ._health import Look, wait_until
+from ._health import Look, pause_for, wait_until
 from ._host import Runner
 from ._http import Endpoint
 from ._json_file import read_object, write_object
@@ -161,11 +160,15 @@ def wanted_mib(csv: str, utilization: float) -> list[tuple[int, int]]:
     """(free, wanted) MiB of each GPU, as vLLM's own check at start computes them.
 
     ``csv`` is the answer to ``--query-gpu=memory.total,memory.reserved,memory.free``. vLLM wants
-    ceil(total as CUDA sees it * gpu_memory_utilization); CUDA sees total less reserved.
+    ceil(total as CUDA sees it * gpu_memory_utilization); CUDA sees total less reserved. Raises
+    NotReady where the answer is anything else, such as ``[N/A]``.
     """
     result = []
     for line in csv.strip().splitlines():
-        total, reserved, free = (int(field) for field in line.split(","))
+        try:
+            total, reserved, free = (int(field) for field in line.split(","))
+        except ValueError:
+            raise NotReady(f"nvidia-smi says {line!r}, wanted total, reserved and free MiB of a GPU") from None
         result.append((free, math.ceil((total - reserved) * utilization)))
     return result
 
@@ -209,7 +212,7 @@ class Helper:
         run: Runner,
         paths: Paths = Paths(),
         say: Callable[[str], object] = print,
-        pause: Callable[[float], object] = threading.Event().wait,
+        pause: Callable[[float], object] = pause_for,
     ) -> None:
         self.name = name
         self.environment = environment

@@ -83,7 +83,7 @@ def plan(units: Iterable[Unit], gone: Iterable[str], target_enabled: bool) -> Ch
 def journal_reason(journal: str) -> str:
     """The line of a unit's journal that best tells why it did not come up."""
     for pattern in _REASONS:
-        found = [line for line in pattern.findall(journal) if _ECHO not in line]
+        found: list[str] = [line for line in pattern.findall(journal) if _ECHO not in line]
         if found:
             return found[-1].strip()
     lines = [line for line in journal.splitlines() if line.strip()]

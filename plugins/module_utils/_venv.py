@@ -18,7 +18,7 @@ from ._json_file import read_object, write_object
 
 MARKER = ".release.json"
 
-_CAUSE = re.compile(r"^\s*(?:error|cause|Caused by|x|×|╰─▶|├─▶):?\s*(.+)$", re.IGNORECASE)
+_CAUSE = re.compile(r"^\s*(?:error|cause|Caused by|x|\u00d7|╰─▶|├─▶):?\s*(.+)$", re.IGNORECASE)
 _UNREACHABLE = (
     "dns error",
     "failed to lookup",
@@ -91,7 +91,7 @@ def explain_failure(stderr: str, supply: Supply, host: str) -> str:
             "fetch it again, or lock again if the change was meant"
         )
     if "no space left" in text or "disk quota" in text:
-        return f"{host}: the disk is full while installing {name}: free space, or move vllm_root to a larger file system"
+        return f"{host}: the disk is full while installing {name}: free space, or set vllm_root to a larger file system"
     if "failed to extract archive" in text or "badzipfile" in text:
         return f"{host}: {name} in the {supply} is truncated or damaged: fetch the file again"
     if any(word in text for word in _UNREACHABLE) and not supply.wheelhouse:
@@ -100,5 +100,5 @@ def explain_failure(stderr: str, supply: Supply, host: str) -> str:
             "or set vllm_wheelhouse to a directory that the controller filled"
         )
     if "not found in the provided package locations" in text or "no solution found" in text:
-        return f"{host}: the {supply} does not hold what the lock file names ({causes[-1]}): fill it from this lock file"
-    return f"{host}: installing from the {supply} failed: {'; '.join(causes[-2:])}"
+        return f"{host}: the {supply} does not hold what the lock file names ({causes[-1]}): fill it from that file"
+    return f"{host}: installing from the {supply} failed: {'; '.join(causes[-2:]) or 'it printed nothing'}"

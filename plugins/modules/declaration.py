@@ -54,7 +54,9 @@ options:
     type: str
     default: ""
   instances:
-    description: List of instances, each with C(name), C(port), C(gpus) and optionally C(profile), C(arguments), C(environment).
+    description:
+      - List of instances, each with C(name), C(port), C(gpus) and optionally C(profile), C(arguments) and
+        C(environment).
     type: raw
     required: true
   profile:
@@ -147,7 +149,11 @@ def main():
         supports_check_mode=True,
     )
     params = dict(module.params)
-    options = ServeOptions.parse(params.pop("help_text"))
+    try:
+        options = ServeOptions.parse(params.pop("help_text"))
+    except ValueError as problem:
+        host, version = params["inventory_hostname"], params["version"]
+        module.fail_json(msg=f"{host}: help_text for vLLM {version} is {problem}")
     declared = Declaration(environment=params.pop("environment_variables"), **params)
     instances, errors = resolve(declared, options)
     if errors:

@@ -139,7 +139,8 @@ def main():
         own_uid = None
     errors += _host.foreign_listeners({instance["name"]: instance["port"] for instance in instances}, own_uid)
 
-    gpus, problem = {}, ""
+    gpus: dict[str, list[str]] = {}
+    problem = ""
     if params["device"] == "cuda":
         present, problem = _host.gpus(run)
         if not problem:

@@ -77,6 +77,7 @@ import glob
 import os
 import socket
 import time
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.nvl.vllm.plugins.module_utils._unit import CONFIG, STATE, UNITS, fingerprint, read_state
@@ -95,7 +96,8 @@ class Units:
     def systemctl(self, *argv, check=True):
         rc, out, err = self.module.run_command(["systemctl", *argv], check_rc=False)
         if rc != 0 and check:
-            self.module.fail_json(msg=f"{socket.gethostname()}: systemctl {' '.join(argv)} failed: {(err or out).strip()}")
+            command = " ".join(["systemctl", *argv])
+            self.module.fail_json(msg=f"{socket.gethostname()}: {command} failed: {(err or out).strip()}")
         return rc, out
 
     def read(self, name):
@@ -127,11 +129,11 @@ class Units:
         service = f"vllm@{unit.name}.service"
         # A start limit that was reached belongs to what ran before.
         self.systemctl("reset-failed", service, check=False)
-        began, since = time.monotonic(), time.time()
-        rc, out = self.systemctl("restart" if unit.action == "restarted" else "start", service, check=False)
+        began, since = time.monotonic(), int(time.time())
+        rc, _ = self.systemctl("restart" if unit.action == "restarted" else "start", service, check=False)
         if rc != 0:
             journal = self.module.run_command(
-                ["journalctl", "--unit", service, "--since", f"@{since:.0f}", "--output", "cat", "--no-pager"]
+                ["journalctl", "--unit", service, "--since", f"@{since}", "--output", "cat", "--no-pager"]
             )[1]
             self.module.fail_json(
                 msg=f"{socket.gethostname()}: {service} did not come up: {journal_reason(journal)}; "
@@ -156,7 +158,7 @@ def main():
     gone = undeclared(units.known(), declared)
     target_enabled = units.systemctl("is-enabled", TARGET, check=False)[0] == 0
     changes = plan(found, gone, target_enabled)
-    result = {
+    result: dict[str, Any] = {
         "changed": bool(changes.lines_before or changes.lines_after),
         "instances": {unit.name: unit.action for unit in found},
         "fingerprints": {unit.name: unit.wanted for unit in found},

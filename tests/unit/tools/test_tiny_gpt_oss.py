@@ -83,9 +83,7 @@ def test_layers_add_nothing_to_the_embedding(tensors):
     assert not any(tensors[name].any() for name in found)
 
 
-def test_chat_answer_is_a_final_harmony_message_that_repeats_the_sentence(
-    answer, harmony, tiny_gpt_oss
-):
+def test_chat_answer_is_a_final_harmony_message_that_repeats_the_sentence(answer, harmony, tiny_gpt_oss):
     question = Conversation.from_messages([Message.from_role_and_content(Role.USER, "hi")])
     prompt = harmony.render_conversation_for_completion(question, Role.ASSISTANT)
     parser = StreamableParser(harmony, role=Role.ASSISTANT)

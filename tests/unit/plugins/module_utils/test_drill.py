@@ -188,9 +188,7 @@ def test_no_drill_with_one_endpoint(service):
 
 def test_no_drill_with_different_models(service):
     service.secondary.models = ["other"]
-    refused(
-        service, Outage(), f"wanted one model on all endpoints, found {MODEL}, other", model=None
-    )
+    refused(service, Outage(), f"wanted one model on all endpoints, found {MODEL}, other", model=None)
 
 
 def test_no_drill_when_the_fault_is_impossible(service):
@@ -238,9 +236,7 @@ def test_a_defect_in_the_load_is_not_swallowed(service, monkeypatch):
         service.drill(Outage(service.primary.die))
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"concurrency": 0}, {"requests_before": 0}, {"recovery_timeout": 0.0}]
-)
+@pytest.mark.parametrize("wrong", [{"concurrency": 0}, {"requests_before": 0}, {"recovery_timeout": 0.0}])
 def test_a_plan_is_checked(wrong):
     with pytest.raises(ValueError, match=f"wanted {next(iter(wrong))}"):
         Plan(**wrong)

@@ -86,9 +86,7 @@ def test_at_most_five_errors():
     assert [error["endpoint"] for error in errors] == ["e0", "e1", "e2", "e3", "e4"]
 
 
-@pytest.mark.parametrize(
-    ("percent", "expected"), [(0, 1.0), (50, 2.0), (51, 3.0), (75, 3.0), (99, 4.0), (100, 4.0)]
-)
+@pytest.mark.parametrize(("percent", "expected"), [(0, 1.0), (50, 2.0), (51, 3.0), (75, 3.0), (99, 4.0), (100, 4.0)])
 def test_percentile_is_nearest_rank(percent, expected):
     assert percentile([1.0, 2.0, 3.0, 4.0], percent) == expected
 

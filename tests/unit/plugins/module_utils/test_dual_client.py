@@ -60,9 +60,7 @@ class Service:
         self.before_probe_ends = lambda: None
         self.timer = FakeTimer()
         endpoints = [Endpoint("a", "http://a:1"), Endpoint("b", "http://b:1")]
-        self.client = DualEndpointClient(
-            endpoints, RetryPolicy(**policy), "model", self.answer, self.probe, self.timer
-        )
+        self.client = DualEndpointClient(endpoints, RetryPolicy(**policy), "model", self.answer, self.probe, self.timer)
 
     def answer(self, endpoint, _messages, _max_tokens, _stream, _seconds):
         self.asked += endpoint.name

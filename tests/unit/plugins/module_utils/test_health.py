@@ -223,9 +223,7 @@ def test_wait_until_ends_with_the_true_reason(fake_vllm, primary):
     time = FakeTime()
     probe = wait_until(primary, time.look("alive"), 10, interval=4.0)
     assert not probe.ok
-    assert probe.reason.startswith(
-        f"not within 10 s: {primary}: wanted GET /health, found HTTP 503"
-    )
+    assert probe.reason.startswith(f"not within 10 s: {primary}: wanted GET /health, found HTTP 503")
     assert time.pauses == [4.0, 4.0]  # a third one would leave no time for a probe
 
 

@@ -45,9 +45,7 @@ def drill(run_module, make_fake_vllm, monkeypatch):
     """Runs the module against two stand-ins; they are its attributes primary and secondary."""
 
     def run(**options):
-        return run_module(
-            failover_drill.main, **{"endpoints": run.endpoints, "model": MODEL, **QUICK, **options}
-        )
+        return run_module(failover_drill.main, **{"endpoints": run.endpoints, "model": MODEL, **QUICK, **options})
 
     run.primary, run.secondary = make_fake_vllm(), make_fake_vllm()
     for fake in (run.primary, run.secondary):
@@ -95,9 +93,7 @@ def test_check_mode_sends_no_load_and_no_fault(drill):
     result = drill(check_mode=True)
     assert result["skipped"] is True
     assert result["changed"] is False
-    assert (
-        result["msg"] == "Would send 4 requests at a time through primary, secondary, and a kill."
-    )
+    assert result["msg"] == "Would send 4 requests at a time through primary, secondary, and a kill."
     assert drill.primary.requests == drill.secondary.requests == []
 
 

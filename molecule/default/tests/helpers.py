@@ -1,0 +1,56 @@
+"""Questions to the container, and runs of the repository's playbooks against it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from testinfra.host import Host
+
+ROOT = Path(__file__).resolve().parents[3]
+SANDBOX = ROOT / ".sandbox"
+INSTANCES = ("primary", "secondary")
+PORTS = {"primary": 8001, "secondary": 8002}
+
+
+def show(host: Host, unit: str, *properties: str) -> dict[str, str]:
+    """Effective properties of a unit, as systemd has them."""
+    text = host.check_output(f"systemctl show {unit} --property={','.join(properties)}")
+    return dict(line.split("=", 1) for line in text.splitlines())
+
+
+def main_pid(host: Host, name: str) -> int:
+    return int(show(host, f"vllm@{name}.service", "MainPID")["MainPID"])
+
+
+def chat(host: Host, name: str, key: str, **more: Any) -> str:
+    """The body that the instance answers a chat with; a status other than 200 fails."""
+    body = {"model": "gpt-oss-120b", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 24} | more
+    return host.check_output(
+        "curl --silent --show-error --fail --max-time 60 -H 'Content-Type: application/json'"
+        " -H 'Authorization: Bearer %s' http://127.0.0.1:%s/v1/chat/completions -d %s",
+        key,
+        str(PORTS[name]),
+        json.dumps(body),
+    )
+
+
+def playbook(path: str, *arguments: str, **variables: Any) -> subprocess.CompletedProcess[str]:
+    """Run a playbook against the container as an operator would, with extra variables."""
+    return subprocess.run(
+        ["ansible-playbook", "-i", "inventory/molecule", path, "-e", json.dumps(variables), *arguments],
+        cwd=ROOT,
+        env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+
+
+def site(*arguments: str, **variables: Any) -> subprocess.CompletedProcess[str]:
+    """Run site.yml; tests drill only where they say so."""
+    return playbook("site.yml", *arguments, **{"vllm_verify_drill": "never", **variables})
