@@ -95,7 +95,8 @@ def report(
             *table(rows),
             "",
             f"Failover  {failover(drill)}",
-            f"Try it    curl -s {instances[0]['url']}/v1/chat/completions -H 'Content-Type: application/json'{header} \\",
+            f"Try it    curl -s {instances[0]['url']}/v1/chat/completions{header} \\",
+            "            -H 'Content-Type: application/json' \\",
             f"            -d '{body}'",
         ]
     )

@@ -81,7 +81,8 @@ def resolve(declared: Declaration, options: ServeOptions) -> tuple[list[Instance
     Each sentence names variable, value, what is wanted and the host. The instances are of use only
     where there is no mistake.
     """
-    return _Resolver(declared, options).resolve()
+    instances, errors = _Resolver(declared, options).resolve()
+    return instances, list(dict.fromkeys(errors))  # what all instances share is said once
 
 
 class _Resolver:
@@ -130,7 +131,7 @@ class _Resolver:
         if not isinstance(profile, str) or profile not in self.declared.profiles:
             known = list(self.declared.profiles)
             variable = f"{where}.profile" if "profile" in item else "vllm_profile"
-            self.refuse(variable, profile, f"wanted one of {', '.join(known)}{_hint(str(profile), known)}")
+            self.refuse(variable, profile, f"wanted one of {', '.join(known)}")
         own = self.arguments(f"{where}.arguments", item.get("arguments", {}))
         environment = self.environment(f"{where}.environment", item.get("environment", {}))
         if len(self.errors) > before or not isinstance(name, str) or type(port) is not int:

@@ -300,13 +300,12 @@ def main() -> None:
         policy = RetryPolicy(**{key: params[key] for key in POLICY})
     except ValueError as error:
         module.fail_json(msg=str(error))
-    target = next(endpoint for endpoint in endpoints if endpoint.name == name)
-    fault = KillEngine(unit, module.run_command)
-
     subject, record = params["subject"], read_object(params["proof"])
     if subject and record.get("subject") == subject and not params["force"]:
         module.exit_json(changed=False, proven=record["time"], **record["numbers"])
 
+    target = next(endpoint for endpoint in endpoints if endpoint.name == name)
+    fault = KillEngine(unit, module.run_command)
     if module.check_mode:
         through = ", ".join(endpoint.name for endpoint in endpoints)
         module.exit_json(
@@ -346,8 +345,7 @@ def argument_spec() -> dict[str, object]:
     """The options; their defaults are those of the objects that they fill."""
     defaults = {**dataclasses.asdict(Plan()), **dataclasses.asdict(RetryPolicy())}
     spec: dict[str, object] = {
-        key: {"type": type(defaults[key]).__name__, "default": defaults[key]}
-        for key in (*PLAN, *POLICY)
+        key: {"type": type(defaults[key]).__name__, "default": defaults[key]} for key in (*PLAN, *POLICY)
     }
     spec.update(
         endpoints={

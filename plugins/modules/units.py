@@ -32,6 +32,13 @@ options:
     description: Directory of the checkpoint.
     type: path
     required: true
+  pending:
+    description:
+      - Names of instances whose files are still to be changed. In check mode earlier tasks wrote nothing,
+        and this tells which engines would be restarted for them.
+    type: list
+    elements: str
+    default: []
 attributes:
   check_mode:
     support: full
@@ -62,6 +69,11 @@ fingerprints:
   description: Digest of everything that each engine is started from (SHA-256), per instance.
   returned: success
   type: dict
+pending:
+  description: What O(pending) was.
+  returned: success
+  type: list
+  elements: str
 removed:
   description: Instances that are no longer declared and were removed.
   returned: success
@@ -109,7 +121,9 @@ class Units:
             enabled=show.get("UnitFileState") == "enabled",
             stale=show.get("NeedDaemonReload") == "yes",
             started_from=str(read_state(name).get("fingerprint", "")),
-            wanted=fingerprint(name, params["root"], params["model_path"]),
+            wanted="new inputs"
+            if name in params["pending"]
+            else fingerprint(name, params["root"], params["model_path"]),
         )
 
     def known(self):
@@ -149,6 +163,7 @@ def main():
             "instances": {"type": "list", "elements": "str", "required": True},
             "root": {"type": "path", "required": True},
             "model_path": {"type": "path", "required": True},
+            "pending": {"type": "list", "elements": "str", "default": []},
         },
         supports_check_mode=True,
     )
@@ -162,6 +177,7 @@ def main():
         "changed": bool(changes.lines_before or changes.lines_after),
         "instances": {unit.name: unit.action for unit in found},
         "fingerprints": {unit.name: unit.wanted for unit in found},
+        "pending": module.params["pending"],
         "removed": gone,
         "seconds": {},
         "diff": {"before": "".join(changes.lines_before), "after": "".join(changes.lines_after)},

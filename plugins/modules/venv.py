@@ -13,7 +13,7 @@ description:
   - Builds O(path) from a lock file with hashes, using uv, and writes a marker when it is complete.
     A directory without the marker is what an interrupted run left; it is removed and built again.
   - A complete release is never changed. A new lock file is a new directory.
-  - C(vllm --version) of the new environment is read back and must be O(version).
+  - vLLM is then imported from the new environment, and must be O(version).
 author: The nvl.vllm authors
 options:
   path:
@@ -33,7 +33,7 @@ options:
     type: path
     required: true
   version:
-    description: The version that C(vllm --version) must report, local part (C(+cpu)) aside.
+    description: The version that vLLM must have, local part (C(+cpu)) aside.
     type: str
     required: true
   python:
@@ -87,7 +87,7 @@ release:
   type: dict
   contains:
     version:
-      description: Output of C(vllm --version).
+      description: Version of vLLM, as the installed package says.
       type: str
     packages:
       description: Number of packages.
@@ -114,6 +114,8 @@ from ansible_collections.nvl.vllm.plugins.module_utils._venv import (
     supply_options,
     write_marker,
 )
+
+READ_VERSION = "import vllm; print(vllm.__version__)"
 
 
 def size_mib(path):
@@ -198,7 +200,8 @@ class Installer:
             )
         finally:
             shutil.rmtree(cache, ignore_errors=True)
-        version = self.run([os.path.join(path, "bin", "vllm"), "--version"]).split()[-1]
+        # Not `vllm --version`: the CUDA build's command line fails where there is no GPU or no driver yet.
+        version = self.run([os.path.join(path, "bin", "python"), "-c", READ_VERSION]).split()[-1]
         if version.partition("+")[0] != self.params["version"]:
             self.module.fail_json(
                 msg=f"{self.host}: {path} holds vLLM {version}, wanted {self.params['version']}: "

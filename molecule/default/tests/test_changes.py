@@ -60,9 +60,7 @@ def test_starts_are_serialised(host: Host) -> None:
     host.run_expect([0], "systemctl restart vllm@primary.service vllm@secondary.service")
     spans = []
     for name in INSTANCES:
-        stamps = show(
-            host, f"vllm@{name}.service", "ExecMainStartTimestampMonotonic", "ActiveEnterTimestampMonotonic"
-        )
+        stamps = show(host, f"vllm@{name}.service", "ExecMainStartTimestampMonotonic", "ActiveEnterTimestampMonotonic")
         spans.append((int(stamps["ExecMainStartTimestampMonotonic"]), int(stamps["ActiveEnterTimestampMonotonic"])))
     (_, first_ready), (second_started, _) = sorted(spans)
     assert second_started >= first_ready

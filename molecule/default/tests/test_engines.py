@@ -138,7 +138,8 @@ def test_sandbox_holds(host: Host) -> None:
     """A process in the unit's own sandbox cannot write /etc or see another user's home."""
     host.run_expect([0], "mkdir -p /home/other && echo secret >/home/other/secret && chmod -R a+rX /home/other")
     script = (
-        "exec >/var/lib/vllm/said; touch /etc/written 2>/dev/null && echo wrote-etc; touch /opt/vllm/written 2>/dev/null && echo wrote-opt; "
+        "exec >/var/lib/vllm/said; "
+        "touch /etc/written 2>/dev/null && echo wrote-etc; touch /opt/vllm/written 2>/dev/null && echo wrote-opt; "
         "cat /home/other/secret 2>/dev/null && echo saw-home; cat /etc/vllm/primary.env 2>/dev/null && echo saw-key; "
         "ls -d /proc/1 2>/dev/null && echo saw-init; echo end"
     )

@@ -24,6 +24,7 @@ class FakeVLLM:
     def __init__(self) -> None:
         self.chat = "ok"
         self.health = 200
+        self.version = "0.32.0"
         self.models = [MODEL]
         self.words = ["one", " two", " three"]
         self.running = 0
@@ -103,6 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/models":
             entries = [{"id": name, "object": "model"} for name in self.fake.models]
             self.reply(200, json.dumps({"object": "list", "data": entries}))
+        elif self.path == "/version":
+            self.reply(200, json.dumps({"version": self.fake.version}))
         elif self.path == "/metrics":
             self.reply(200, self.page())
         else:

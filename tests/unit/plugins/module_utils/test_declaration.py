@@ -232,7 +232,7 @@ def test_names_ports_and_gpus_belong_to_one_instance(second, error):
         ({"gpus": [-1]}, "gpus is -1: wanted a GPU index from 0 or a UUID as nvidia-smi -L prints it"),
         ({"gpus": ["0"]}, "gpus is '0': wanted a GPU index from 0 or a UUID as nvidia-smi -L prints it"),
         ({"gpus": [[0]]}, "gpus is [0]: wanted a GPU index from 0 or a UUID as nvidia-smi -L prints it"),
-        ({"profile": "giude"}, "profile is 'giude': wanted one of guide; did you mean guide?"),
+        ({"profile": "giude"}, "profile is 'giude': wanted one of guide"),
         ({"profile": ["guide"]}, "profile is ['guide']: wanted one of guide"),
         ({"arguments": []}, "arguments is []: wanted a mapping of engine arguments"),
         ({"environment": []}, "environment is []: wanted a mapping of environment variables"),

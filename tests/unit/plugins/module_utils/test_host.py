@@ -113,7 +113,8 @@ def test_a_file_that_is_closed_meanwhile_hides_nothing(proc, monkeypatch):
     proc.process(412, "nginx", "/system.slice/nginx.service", 90)
     proc.socket(8001, 90)
     listdir = _host.os.listdir
-    monkeypatch.setattr(_host.os, "listdir", lambda path: ["99", *listdir(path)] if "fd" in path else listdir(path))
+    closed = {f"{proc.path}/412/fd": ["99"]}
+    monkeypatch.setattr(_host.os, "listdir", lambda path: closed.get(path, []) + listdir(path))
     assert "nginx" in proc.foreign()[0]
 
 

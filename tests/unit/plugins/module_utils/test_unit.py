@@ -298,7 +298,7 @@ def test_an_engine_that_dies_is_not_waited_for(helper, host, fake_vllm, engine):
 
     fake_vllm.requests = Requests()
     with pytest.raises(NotReady, match=r"^the engine ended while it started: "):
-        helper(MAINPID=str(engine.pid)).ready()
+        helper(MAINPID=str(engine.pid), NVL_VLLM_START_TIMEOUT="10").ready()
     assert _unit.read_state("primary", host.paths)["failed_starts"] == 1
     assert Turn("secondary", 600.0, host.paths).take() == "primary"
 
@@ -308,7 +308,7 @@ def test_an_engine_that_is_gone_already_is_not_waited_for(helper, fake_vllm, eng
     engine.kill()
     engine.wait()
     with pytest.raises(NotReady, match=r"^the engine ended while it started: "):
-        helper(MAINPID=str(engine.pid)).ready()
+        helper(MAINPID=str(engine.pid), NVL_VLLM_START_TIMEOUT="10").ready()
 
 
 def test_stopped_gives_the_turn_back(helper, host):

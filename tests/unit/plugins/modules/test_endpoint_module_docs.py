@@ -63,4 +63,4 @@ def test_secrets_are_marked(module, spec_of):
 def test_the_drill_documents_what_it_returns():
     numbers = summarise([], Timeline("a", 0.0), [])
     documented = set(yaml.safe_load(failover_drill.RETURN))
-    assert documented == {"target", "fault", "verdict", "broken", *numbers}
+    assert documented == {"target", "fault", "verdict", "broken", "proven", *numbers}

@@ -117,6 +117,37 @@ def test_the_key_is_not_shown(drill):
     assert drill.primary.requests[-1][1]["Authorization"] == "Bearer sk-very-secret"
 
 
+def test_a_proven_subject_is_not_drilled_again(drill, tmp_path):
+    proof = str(tmp_path / "made" / "drill.json")
+    first = drill(subject="one", proof=proof)
+    asked = len(drill.primary.requests)
+    again = drill(subject="one", proof=proof)
+    assert "proven" not in first
+    assert again["proven"].endswith("Z")
+    assert again["sent"] == first["sent"]
+    assert len(drill.primary.requests) == asked
+    assert drill.kill.units == ["vllm@primary.service"]
+
+
+@pytest.mark.parametrize("options", [{"subject": "two"}, {"subject": "one", "force": True}, {}])
+def test_another_subject_or_force_drills(drill, tmp_path, options):
+    proof = str(tmp_path / "drill.json")
+    drill(subject="one", proof=proof)
+    assert "proven" not in drill(proof=proof, **options)
+
+
+def test_a_failed_drill_proves_nothing(drill, tmp_path):
+    proof = tmp_path / "drill.json"
+    drill(subject="one", proof=str(proof), budget={"recovery": 0.000001})
+    assert not proof.exists()
+
+
+def test_a_damaged_proof_is_no_proof(drill, tmp_path):
+    proof = tmp_path / "drill.json"
+    proof.write_text('{"subject": "one", "time"')
+    assert "proven" not in drill(subject="one", proof=str(proof))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -11,7 +11,7 @@ import pytest
 from ansible_collections.nvl.vllm.plugins.modules import venv
 from uv import find_uv_bin
 
-SCRIPT = "#!python\nimport vllm\nprint('INFO 11-23 18:20:05 [importing.py:68] a line before')\nprint(vllm.VERSION)\n"
+SOURCE = "print('INFO 11-23 18:20:05 [importing.py:68] a line before')\n__version__ = '0.32.0+cpu'\n"
 #: A stand-in for Python that records its calls. "-m venv" copies it; "-m pip" leaves a uv that fails.
 PYTHON = """\
 #!/bin/sh
@@ -24,12 +24,11 @@ esac
 
 
 def make_wheel(folder):
-    """A wheel of vLLM 0.32.0+cpu with a program ``vllm``; returns its SHA-256."""
+    """A wheel of vLLM 0.32.0+cpu that talks when it is imported; returns its SHA-256."""
     info = "vllm-0.32.0+cpu.dist-info"
     files = {
-        "vllm.py": "VERSION = '0.32.0+cpu'\n",
+        "vllm.py": SOURCE,
         "vllm_kernels.py": "",
-        "vllm-0.32.0+cpu.data/scripts/vllm": SCRIPT,
         f"{info}/METADATA": "Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }

@@ -42,6 +42,20 @@ def test_all_well(health):
     assert second["healthy"] is True
 
 
+def test_the_wanted_version_may_have_a_local_part(health):
+    health.primary.version = "0.32.0+cpu"
+    assert "failed" not in health(version="0.32.0")
+
+
+def test_another_version_is_not_healthy(health):
+    health.secondary.version = "0.31.0"
+    result = health(version="0.32.0")
+    assert result["failed"] is True
+    assert "1 of 2 endpoints not healthy: secondary" in result["msg"]
+    assert "wanted vLLM 0.32.0, found 0.31.0: restart it" in result["msg"]
+    assert [endpoint["healthy"] for endpoint in result["endpoints"]] == [True, False]
+
+
 def test_each_unwell_endpoint_is_named_with_its_reason(health):
     health.primary.chat = "500"
     health.secondary.die()
