@@ -29,7 +29,7 @@ _DECLARED = {
     "served-model-name": "vllm_served_model_name",
     "host": "vllm_host",
     "port": "the instance's port",
-    "hf-token": "HF_TOKEN in vllm_environment, which keeps the token off files that others can read",
+    "hf-token": "no token (engines read the checkpoint from disk and ask no hub)",
     "api-key": "vllm_api_key, which keeps the key off files that others can read",
     "config": "vllm_arguments or the instance's arguments",
 }
@@ -198,6 +198,8 @@ class _Resolver:
         for name, value in environment.items():
             if name in _DECLARED_ENVIRONMENT:
                 self.refuse(f"{where}.{name}", value, f"set {_DECLARED_ENVIRONMENT[name]} instead")
+            elif _SECRET.search(str(name)):
+                self.refuse(f"{where}.{name}", value, "secrets do not belong here, as Ansible shows these values with -v")
             elif not _VARIABLE.fullmatch(str(name)):
                 self.refuse(f"{where}.{name}", value, "wanted a name of letters, digits and '_'")
             elif isinstance(value, (Mapping, list, bool)) or value is None:

@@ -85,8 +85,12 @@ def fingerprint(name: str, root: str, model_path: str, paths: Paths = Paths()) -
     digest.update(os.path.realpath(f"{root}/current").encode())
     for folder, _, names in sorted(os.walk(os.path.realpath(model_path))):
         for entry in sorted(names):
-            stat = os.stat(os.path.join(folder, entry))
-            digest.update(f"\0{folder}/{entry} {stat.st_size} {stat.st_mtime_ns}".encode())
+            digest.update(f"\0{folder}/{entry} ".encode())
+            try:
+                stat = os.stat(os.path.join(folder, entry))
+                digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+            except FileNotFoundError:  # a link to nothing
+                digest.update(b"absent")
     return digest.hexdigest()
 
 

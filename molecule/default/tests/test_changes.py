@@ -16,6 +16,12 @@ def instances(**secondary: Any) -> list[dict[str, Any]]:
 
 def test_changed_argument_restarts_only_its_instance(host: Host, api_key: str) -> None:
     before = {name: main_pid(host, name) for name in INSTANCES}
+    planned = site("--check", "--diff", vllm_instances=instances(arguments={"max-num-seqs": 4}))
+    assert planned.returncode == 0, planned.stdout
+    assert "+vllm@secondary.service runs from new inputs" in planned.stdout
+    assert "vllm@primary.service" not in planned.stdout
+    assert {name: main_pid(host, name) for name in INSTANCES} == before
+
     done = site(vllm_instances=instances(arguments={"max-num-seqs": 4}))
     assert done.returncode == 0, done.stdout
     assert main_pid(host, "primary") == before["primary"]

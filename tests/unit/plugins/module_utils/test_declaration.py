@@ -169,10 +169,10 @@ def test_an_argument_that_vllm_would_not_take_is_refused(given, value, complaint
     [
         ({"arguments": {"api-key": "sk-123"}}, "vllm_arguments.api-key is ***: set vllm_api_key"),
         ({"arguments": {"--api_key": ["sk-123"]}}, "vllm_arguments.--api_key is ***: set vllm_api_key"),
-        ({"arguments": {"hf-token": "sk-123"}}, "vllm_arguments.hf-token is ***: set HF_TOKEN in vllm_environment"),
+        ({"arguments": {"hf-token": "sk-123"}}, "vllm_arguments.hf-token is ***: set no token"),
         ({"arguments": {"api-keys": "sk-123"}}, "vllm_arguments.api-keys is ***: vLLM 0.32.0 has no argument"),
         ({"environment": {"VLLM_API_KEY": "sk-123"}}, "vllm_environment.VLLM_API_KEY is ***: set vllm_api_key instead"),
-        ({"environment": {"HF_TOKEN": "sk-123\n"}}, "vllm_environment.HF_TOKEN is ***: wanted one line"),
+        ({"environment": {"HF_TOKEN": "sk-123\n"}}, "vllm_environment.HF_TOKEN is ***: secrets do not belong here"),
         ({"api_key": "sk-123 "}, "vllm_api_key holds a space"),
     ],
 )

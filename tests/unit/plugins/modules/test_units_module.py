@@ -225,6 +225,12 @@ def test_a_removal_that_was_interrupted_after_its_files_is_finished(host):
     assert host.run(instances=["primary"])["removed"] == ["secondary"]
 
 
+def test_files_of_an_instance_that_is_not_enabled_are_removed_too(host):
+    (host.path / "units/vllm.target.wants/vllm@secondary.service").unlink()
+    assert host.run(instances=["primary"])["removed"] == ["secondary"]
+    assert not (host.path / "etc/secondary.env").exists()
+
+
 def test_a_systemctl_that_fails_is_quoted(host):
     (host.path / "bin/systemctl").write_text("#!/bin/sh\necho 'Failed to connect to bus' >&2\nexit 1\n")
     result = host.run()
