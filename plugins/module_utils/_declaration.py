@@ -199,7 +199,7 @@ class _Resolver:
             if name in _DECLARED_ENVIRONMENT:
                 self.refuse(f"{where}.{name}", value, f"set {_DECLARED_ENVIRONMENT[name]} instead")
             elif _SECRET.search(str(name)):
-                self.refuse(f"{where}.{name}", value, "secrets do not belong here, as Ansible shows these values with -v")
+                self.refuse(f"{where}.{name}", value, "secrets do not belong here: ansible-playbook -v shows them")
             elif not _VARIABLE.fullmatch(str(name)):
                 self.refuse(f"{where}.{name}", value, "wanted a name of letters, digits and '_'")
             elif isinstance(value, (Mapping, list, bool)) or value is None:

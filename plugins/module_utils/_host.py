@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -99,6 +100,13 @@ def foreign_listeners(ports: Mapping[str, int], own_uid: int | None, proc: str =
         for name, port in ports.items()
         if port in found and not own(found[port])
     ]
+
+
+def free_mib(path: str) -> int:
+    """Free space (MiB) of the file system where the path is, or will be."""
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return shutil.disk_usage(path).free // 2**20
 
 
 def parse_gpus(csv: str) -> dict[int, str]:

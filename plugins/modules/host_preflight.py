@@ -75,7 +75,6 @@ gpu_problem:
   type: str
 """
 
-import os
 import platform
 import pwd
 import shutil
@@ -84,13 +83,6 @@ import socket
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.nvl.vllm.plugins.module_utils import _host
 from ansible_collections.nvl.vllm.plugins.module_utils._venv import read_marker
-
-
-def free_mib(path):
-    """Free space (MiB) where path is, or will be."""
-    while not os.path.exists(path):
-        path = os.path.dirname(path)
-    return shutil.disk_usage(path).free // 2**20
 
 
 def main():
@@ -126,7 +118,7 @@ def main():
         errors.append(complaint)
 
     if read_marker(params["release"]) is None:
-        free = free_mib(params["release"])
+        free = _host.free_mib(params["release"])
         if free < params["required_space"]:
             errors.append(
                 f"{params['release']} needs {params['required_space']} MiB of free disk space, its file system has "

@@ -106,6 +106,7 @@ import socket
 import time
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.nvl.vllm.plugins.module_utils._host import free_mib
 from ansible_collections.nvl.vllm.plugins.module_utils._venv import (
     Supply,
     explain_failure,
@@ -126,13 +127,6 @@ def size_mib(path):
             stat = os.lstat(os.path.join(folder, name))
             seen[stat.st_dev, stat.st_ino] = stat.st_size
     return round(sum(seen.values()) / 2**20)
-
-
-def free_mib(path):
-    """Free space (MiB) where path is, or will be."""
-    while not os.path.exists(path):
-        path = os.path.dirname(path)
-    return shutil.disk_usage(path).free // 2**20
 
 
 class Installer:
