@@ -122,16 +122,27 @@ def test_exposure_of_the_running_unit(host: Host) -> None:
     assert exposure(host.check_output("systemd-analyze security --no-pager vllm@primary.service")) <= 2.5
 
 
-def test_exposure_of_the_unit_for_gpu_hosts(host: Host, tmp_path: Path) -> None:
-    unit = tmp_path / "vllm@gpu.service"
-    rendered = playbook("molecule/shared/render_gpu_unit.yml", destination=str(unit))
+@pytest.fixture(scope="module")
+def gpu_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the templates make for a host with two GPUs."""
+    folder = tmp_path_factory.mktemp("gpu")
+    rendered = playbook("molecule/shared/render_gpu_files.yml", destination=str(folder))
     assert rendered.returncode == 0, rendered.stdout
-    text = unit.read_text()
+    return folder
+
+
+def test_exposure_of_the_unit_for_gpu_hosts(host: Host, gpu_files: Path) -> None:
+    text = (gpu_files / "vllm@gpu.service").read_text()
     assert "DeviceAllow=char-nvidia* rw" in text
-    host.run_test("mkdir -p /tmp/gpu")
-    host.run_expect([0], "printf %%s %s >/tmp/gpu/vllm@gpu.service", text)
+    host.run_expect([0], "mkdir -p /tmp/gpu && printf %%s %s >/tmp/gpu/vllm@gpu.service", text)
     report = host.check_output("systemd-analyze security --no-pager --offline=true /tmp/gpu/vllm@gpu.service")
     assert exposure(report) <= 2.5
+
+
+def test_engines_are_pinned_to_their_gpus_by_uuid(gpu_files: Path) -> None:
+    lines = (gpu_files / "secondary.env").read_text().splitlines()
+    assert 'CUDA_VISIBLE_DEVICES="GPU-66666666-7777-8888-9999-000000000000"' in lines
+    assert 'NVL_VLLM_GPU_MEMORY_UTILIZATION="0.85"' in lines
 
 
 def test_sandbox_holds(host: Host) -> None:
