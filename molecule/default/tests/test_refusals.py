@@ -100,6 +100,7 @@ def test_damaged_wheel_is_refused_and_the_interrupted_installation_repaired(host
     assert refused.returncode != 0
     assert "idna==" in refused.stdout
     assert not host.file(f"{ELSEWHERE}/current").exists
+    assert not host.file(f"{ELSEWHERE}/wheelhouse").exists
 
     shutil.rmtree(tmp_path)
     repaired = playbook("molecule/shared/vllm_only.yml", vllm_root=ELSEWHERE)
