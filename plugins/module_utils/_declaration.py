@@ -90,6 +90,9 @@ class _Resolver:
         self.declared = declared
         self.options = options
         self.errors: list[str] = []
+        self.profiles = {name: self.arguments(f"vllm_profiles.{name}", it) for name, it in declared.profiles.items()}
+        self.common_arguments = self.arguments("vllm_arguments", declared.arguments)
+        self.common_environment = self.environment("vllm_environment", declared.environment)
 
     def refuse(self, variable: str, value: Any, wanted: str) -> None:
         shown = "***" if _SECRET.search(variable) else repr(value)
@@ -101,10 +104,6 @@ class _Resolver:
             self.refuse("vllm_host", declared.host, "set vllm_api_key before engines listen beyond loopback")
         if re.search(r"\s|[^\x21-\x7e]", declared.api_key):
             self.errors.append(f"{declared.inventory_hostname}: vllm_api_key holds a space or a character beyond ASCII")
-        for name, profile in declared.profiles.items():
-            self.arguments(f"vllm_profiles.{name}", profile)
-        self.arguments("vllm_arguments", declared.arguments)
-        self.environment("vllm_environment", declared.environment)
 
         if not isinstance(declared.instances, list) or not declared.instances:
             self.refuse("vllm_instances", declared.instances, "wanted a list of one instance or more")
@@ -210,8 +209,6 @@ class _Resolver:
 
     def merged(self, port: int, gpus: list[int | str], profile: str, own: Mapping[str, Any]) -> dict[str, Any]:
         declared = self.declared
-        # The layers were checked above, each under its own name; here they are only laid over each other.
-        quiet = _Resolver(declared, self.options)
         result = {
             "model": declared.model_path,
             "served-model-name": declared.served_model_name,
@@ -219,8 +216,8 @@ class _Resolver:
             "port": port,
             "tensor-parallel-size": max(1, len(gpus)),
         }
-        result.update(quiet.arguments("", declared.profiles[profile]))
-        result.update(quiet.arguments("", declared.arguments))
+        result.update(self.profiles[profile])
+        result.update(self.common_arguments)
         result.update(own)
         return result
 
@@ -237,7 +234,7 @@ class _Resolver:
             result["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
             # FlashInfer's sampler would compile itself with nvcc, which the host need not have.
             result["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
-        result.update({str(k): str(v) for k, v in self.declared.environment.items()})
+        result.update(self.common_environment)
         result.update(own)
         return result
 

@@ -12,11 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ._host import Runner
+
 ENGINE_NAME = "VLLM::EngineCore"
 COMM_LIMIT = 15  # the kernel keeps that many characters of a process' name
-
-# Runs a command: (exit status, standard output, standard error). AnsibleModule.run_command fits.
-Runner = Callable[[list[str]], tuple[int, str, str]]
 
 
 class EngineError(Exception):

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-#: Runs a command and returns exit status, standard output, standard error.
+#: Runs a command and returns exit status, standard output, standard error. AnsibleModule.run_command fits.
 Runner = Callable[[list[str]], "tuple[int, str, str]"]
 
 _LISTEN = "0A"

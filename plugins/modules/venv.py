@@ -138,10 +138,10 @@ class Installer:
         self.host = socket.gethostname()
         self.supply = Supply(self.params["wheelhouse"] or "", tuple(self.params["index_urls"]))
 
-    def run(self, argv, explain=None, **environment):
+    def run(self, argv, explain=None):
         # PYTHONDONTWRITEBYTECODE in the login environment would undo compile_bytecode.
         rc, out, err = self.module.run_command(
-            argv, environ_update=dict({"PYTHONDONTWRITEBYTECODE": "", "LC_ALL": "C.UTF-8"}, **environment)
+            argv, environ_update={"PYTHONDONTWRITEBYTECODE": "", "LC_ALL": "C.UTF-8"}
         )
         if rc != 0:
             text = err or out
