@@ -21,7 +21,10 @@ PAGE = ROOT / "docs/configuration.md"
 BEGIN = "<!-- Begin: written by tools/role_docs.py, do not edit -->\n"
 END = "<!-- End: written by tools/role_docs.py -->\n"
 # In the order of a deploy.
-ROLES = ("vllm_declaration", "gpu_preflight", "vllm", "vllm_model", "vllm_instances", "vllm_verify", "sandbox")
+ROLES = (
+    *("vllm_declaration", "gpu_preflight", "vllm_packages", "vllm", "vllm_model", "vllm_instances"),
+    *("vllm_verify", "vllm_cleanup", "bundle", "sandbox"),
+)
 # A longer default is not shown but linked to.
 LONGEST_DEFAULT = 60
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ._manifest import Manifest, ManifestError, is_commit, parse
 from ._serve_help import ServeOptions
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
@@ -25,7 +26,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 #: Arguments that the declaration itself gives, with the variable to set instead.
 _DECLARED = {
-    "model": "vllm_model_path",
+    "model": "vllm_model_source and what belongs to it",
     "served-model-name": "vllm_served_model_name",
     "host": "vllm_host",
     "port": "the instance's port",
@@ -39,7 +40,41 @@ _DECLARED_ENVIRONMENT = {
 }
 #: Arguments that guides still name and vLLM has dropped.
 _REMOVED = {"disable-log-requests": "; request logging is off unless enable-log-requests is true"}
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SOURCES = ("hub", "controller", "host")
 _INSTANCE_KEYS = ("name", "port", "gpus", "profile", "arguments", "environment")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Where the checkpoint comes from, as the inventory has it. ``manifest`` is the text of a file, or empty."""
+
+    source: str
+    root: str
+    repository: str = ""
+    revision: str = ""
+    endpoint: str = ""
+    token: str = field(default="", repr=False)
+    directory: str = ""
+    manifest: str = ""
+    required_space: int = 0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The checkpoint on the host: ``path`` is what engines read.
+
+    ``root`` holds the revisions, and is empty where the checkpoint is used in place. ``manifest`` is
+    empty where the hub's own checksums count. ``required_space`` in MiB.
+    """
+
+    source: str
+    path: str
+    root: str
+    repository: str
+    revision: str
+    manifest: dict[str, Any]
+    required_space: int
 
 
 @dataclass(frozen=True)
@@ -51,7 +86,7 @@ class Declaration:
     version: str
     host: str
     home: str
-    model_path: str
+    model: Model
     served_model_name: str
     instances: Any
     profile: str
@@ -75,14 +110,15 @@ class Instance:
     environment: dict[str, str]
 
 
-def resolve(declared: Declaration, options: ServeOptions) -> tuple[list[Instance], list[str]]:
-    """The complete instances and every mistake found, one sentence each.
+def resolve(declared: Declaration, options: ServeOptions) -> tuple[list[Instance], Checkpoint, list[str]]:
+    """The complete instances, their checkpoint, and every mistake found, one sentence each.
 
-    Each sentence names variable, value, what is wanted and the host. The instances are of use only
+    Each sentence names variable, value, what is wanted and the host. The rest is of use only
     where there is no mistake.
     """
-    instances, errors = _Resolver(declared, options).resolve()
-    return instances, list(dict.fromkeys(errors))  # what all instances share is said once
+    resolver = _Resolver(declared, options)
+    instances, errors = resolver.resolve()
+    return instances, resolver.checkpoint, list(dict.fromkeys(errors))  # what all instances share is said once
 
 
 class _Resolver:
@@ -90,6 +126,7 @@ class _Resolver:
         self.declared = declared
         self.options = options
         self.errors: list[str] = []
+        self.checkpoint = self.locate(declared.model)
         self.profiles = {name: self.arguments(f"vllm_profiles.{name}", it) for name, it in declared.profiles.items()}
         self.common_arguments = self.arguments("vllm_arguments", declared.arguments)
         self.common_environment = self.environment("vllm_environment", declared.environment)
@@ -111,6 +148,61 @@ class _Resolver:
         instances = [self.instance(f"vllm_instances[{i}]", item) for i, item in enumerate(declared.instances)]
         self.unique(instances)
         return [instance for instance in instances if instance], self.errors
+
+    def locate(self, model: Model) -> Checkpoint:
+        """Where the checkpoint will be on the host."""
+        manifest: Manifest | None = None
+        if model.manifest:
+            try:
+                manifest = parse(model.manifest)
+            except ManifestError as error:
+                self.errors.append(f"{self.declared.inventory_hostname}: vllm_model_manifest: {error}")
+        if model.source not in _SOURCES:
+            self.refuse("vllm_model_source", model.source, f"wanted one of {', '.join(_SOURCES)}")
+        if model.source in ("controller", "host"):
+            if not model.directory.startswith("/"):
+                wanted = f"wanted the absolute path of the checkpoint, as vllm_model_source is {model.source}"
+                self.refuse("vllm_model_directory", model.directory, wanted)
+        else:
+            self.check_hub(model)
+        if model.source == "controller" and not model.manifest:
+            wanted = "wanted the checkpoint's manifest, as vllm_model_source is controller: tools/manifest writes it"
+            self.refuse("vllm_model_manifest", "", wanted)
+
+        if manifest is not None and model.source == "hub":
+            for key, value in (("repository", manifest.repository), ("revision", manifest.revision)):
+                mine = getattr(model, key)
+                if value and value != mine:
+                    self.refuse(f"vllm_model_{key}", mine, f"the manifest in vllm_model_manifest is for {value}")
+        name = model.revision if model.source == "hub" else manifest.name if manifest else ""
+        in_place = model.source == "host"
+        return Checkpoint(
+            source=model.source,
+            path=model.directory if in_place else f"{model.root}/{name}",
+            root="" if in_place else model.root,
+            repository=model.repository if model.source == "hub" else "",
+            revision=model.revision if model.source == "hub" else "",
+            manifest=manifest.as_dict() if manifest else {},
+            required_space=0 if in_place else -(-manifest.size // 2**20) if manifest else model.required_space,
+        )
+
+    def check_hub(self, model: Model) -> None:
+        """What a look-up at the hub needs."""
+        if not _REPOSITORY.fullmatch(model.repository):
+            self.refuse("vllm_model_repository", model.repository, "wanted OWNER/NAME, such as openai/gpt-oss-120b")
+        if not is_commit(model.revision):
+            wanted = "wanted a full commit of 40 hexadecimal digits, as a branch or tag can move to other bytes"
+            if _REPOSITORY.fullmatch(model.repository):
+                hub = model.endpoint or "https://huggingface.co"
+                wanted += f" (git ls-remote {hub}/{model.repository} {model.revision or 'main'} tells it)"
+            self.refuse("vllm_model_revision", model.revision, wanted)
+        wanted = ""
+        if model.endpoint and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", model.endpoint):
+            wanted = "wanted the address of a hub, such as https://hub.example.com"
+        elif model.token and model.endpoint.startswith("http:"):
+            wanted = "wanted https, which hides vllm_model_token on the way"
+        if wanted:
+            self.refuse("vllm_model_endpoint", model.endpoint, wanted)
 
     def instance(self, where: str, item: Any) -> Instance | None:
         if not isinstance(item, Mapping):
@@ -210,7 +302,7 @@ class _Resolver:
     def merged(self, port: int, gpus: list[int | str], profile: str, own: Mapping[str, Any]) -> dict[str, Any]:
         declared = self.declared
         result = {
-            "model": declared.model_path,
+            "model": self.checkpoint.path,
             "served-model-name": declared.served_model_name,
             "host": declared.host,
             "port": port,

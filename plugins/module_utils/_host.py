@@ -102,11 +102,43 @@ def foreign_listeners(ports: Mapping[str, int], own_uid: int | None, proc: str =
     ]
 
 
+def mount_of(path: str) -> str:
+    """The mount point of the file system where the path is, or will be."""
+    path = os.path.abspath(path)
+    while not os.path.exists(path) or not os.path.ismount(path):
+        path = os.path.dirname(path)
+    return path
+
+
 def free_mib(path: str) -> int:
     """Free space (MiB) of the file system where the path is, or will be."""
-    while not os.path.exists(path):
-        path = os.path.dirname(path)
-    return shutil.disk_usage(path).free // 2**20
+    return shutil.disk_usage(mount_of(path)).free // 2**20
+
+
+def space_complaints(
+    needs: Iterable[tuple[str, int, str]],
+    mount: Callable[[str], str] = mount_of,
+    free: Callable[[str], int] = free_mib,
+) -> list[str]:
+    """A sentence for each file system that has less free than what goes there needs in sum.
+
+    ``needs`` are (directory, MiB, variable that moves it elsewhere).
+    """
+    wanted: dict[str, list[tuple[str, int, str]]] = {}
+    for path, mib, variable in needs:
+        if mib > 0:
+            wanted.setdefault(mount(path), []).append((path, mib, variable))
+    complaints = []
+    for place, items in wanted.items():
+        total, have = sum(mib for _, mib, _ in items), free(place)
+        if have < total:
+            what = " and ".join(f"{path} ({mib} MiB)" for path, mib, _ in items)
+            variables = " or ".join(variable for _, _, variable in items)
+            complaints.append(
+                f"{what} need{'s' if len(items) == 1 else ''} {total} MiB of free disk space, and the file system "
+                f"{place} has {have} MiB: free space there, or set {variables} to a directory on a larger file system"
+            )
+    return complaints
 
 
 def parse_gpus(csv: str) -> dict[int, str]:

@@ -95,7 +95,11 @@ def fingerprint(name: str, root: str, model_path: str, paths: Paths = Paths()) -
 
 
 def read_state(name: str, paths: Paths = Paths()) -> dict[str, Any]:
-    """``fingerprint`` of the last start and ``failed_starts`` since the last good one, or nothing."""
+    """What the last start noted, or nothing.
+
+    ``fingerprint``; ``release`` and ``model``, the real paths that it was started from; and
+    ``failed_starts`` since the last good one.
+    """
     return read_object(f"{paths.state}/{name}.json")
 
 
@@ -109,11 +113,14 @@ def back_off_seconds(failed_starts: int) -> float:
     return min(2.0**failed_starts, LONGEST_BACK_OFF) if failed_starts else 0.0
 
 
-def count_start(name: str, now: str, paths: Paths = Paths()) -> int:
-    """Record a start and return how many failed before it. Changed inputs begin at zero again."""
+def count_start(name: str, now: str, paths: Paths = Paths(), **started_from: str) -> int:
+    """Record a start and return how many failed before it. Changed inputs begin at zero again.
+
+    ``now`` is the fingerprint; ``started_from`` is recorded along with it.
+    """
     state = read_state(name, paths)
     failed = state.get("failed_starts", 0) if state.get("fingerprint") == now else 0
-    write_state(name, {"fingerprint": now, "failed_starts": failed + 1}, paths)
+    write_state(name, {**started_from, "fingerprint": now, "failed_starts": failed + 1}, paths)
     return failed
 
 
@@ -229,10 +236,16 @@ class Helper:
         self.turn = Turn(name, self.timeout * 0.9, paths)
 
     def prepare(self) -> None:
-        now = fingerprint(
-            self.name, self.environment["NVL_VLLM_ROOT"], self.environment["NVL_VLLM_MODEL_PATH"], self.paths
+        root, model_path = self.environment["NVL_VLLM_ROOT"], self.environment["NVL_VLLM_MODEL_PATH"]
+        now = fingerprint(self.name, root, model_path, self.paths)
+        # The paths are for the removal of old releases and revisions: what a unit was started from stays.
+        failed = count_start(
+            self.name,
+            now,
+            self.paths,
+            release=os.path.realpath(f"{root}/current"),
+            model=os.path.realpath(model_path),
         )
-        failed = count_start(self.name, now, self.paths)
         if failed:
             self.say(f"{failed} starts failed before this one: waiting {back_off_seconds(failed):.0f} s")
             self.pause(back_off_seconds(failed))

@@ -41,10 +41,47 @@ options:
     description: Home directory of the engines' user.
     type: path
     required: true
-  model_path:
-    description: Directory of the checkpoint.
-    type: path
+  model:
+    description: Where the checkpoint comes from.
+    type: dict
     required: true
+    suboptions:
+      source:
+        description: V(hub), V(controller) or V(host).
+        type: str
+        required: true
+      root:
+        description: Directory on the host that holds the revisions.
+        type: str
+        required: true
+      repository:
+        description: Repository of the hub.
+        type: str
+        default: ""
+      revision:
+        description: Commit of the repository.
+        type: str
+        default: ""
+      endpoint:
+        description: Mirror of the hub; empty for the hub itself.
+        type: str
+        default: ""
+      token:
+        description: Token for the hub; empty for none.
+        type: str
+        default: ""
+      directory:
+        description: Directory of the checkpoint on the controller or the host.
+        type: str
+        default: ""
+      manifest:
+        description: Text of its manifest; empty for none.
+        type: str
+        default: ""
+      required_space:
+        description: Free space (MiB) that it needs where no manifest tells.
+        type: int
+        default: 0
   served_model_name:
     description: Name under which clients ask for the model.
     type: str
@@ -96,7 +133,11 @@ EXAMPLES = r"""
     help_text: "{{ lookup('ansible.builtin.file', 'vllm-serve-help-0.32.0.txt') }}"
     host: 127.0.0.1
     home: /var/lib/vllm
-    model_path: /srv/models/gpt-oss-120b
+    model:
+      source: hub
+      root: /srv/models/gpt-oss-120b
+      repository: openai/gpt-oss-120b
+      revision: b5c939de8f754692c1647ca79fbf85e8c1e70f8a
     served_model_name: gpt-oss-120b
     instances: "{{ vllm_instances }}"
     profile: guide
@@ -119,12 +160,24 @@ instances:
     profile: {description: Name of the profile., type: str}
     arguments: {description: Engine arguments for vLLM's configuration file., type: dict}
     environment: {description: Environment of the engine without key and GPUs., type: dict}
+model:
+  description: The checkpoint on the host.
+  returned: success
+  type: dict
+  contains:
+    source: {description: As declared., type: str}
+    path: {description: Directory that engines read., type: str}
+    root: {description: Directory that holds the revisions; empty where it is used in place., type: str}
+    repository: {description: Repository of the hub; empty for other sources., type: str}
+    revision: {description: Commit; empty for other sources., type: str}
+    manifest: {description: Its manifest; empty where the hub's own checksums count., type: dict}
+    required_space: {description: Disk space (MiB) that it needs on the host., type: int}
 """
 
 from dataclasses import asdict
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.nvl.vllm.plugins.module_utils._declaration import Declaration, resolve
+from ansible_collections.nvl.vllm.plugins.module_utils._declaration import Declaration, Model, resolve
 from ansible_collections.nvl.vllm.plugins.module_utils._serve_help import ServeOptions
 
 
@@ -137,7 +190,21 @@ def main():
             "help_text": {"type": "str", "required": True},
             "host": {"type": "str", "required": True},
             "home": {"type": "path", "required": True},
-            "model_path": {"type": "path", "required": True},
+            "model": {
+                "type": "dict",
+                "required": True,
+                "options": {
+                    "source": {"type": "str", "required": True},
+                    "root": {"type": "str", "required": True},
+                    "repository": {"type": "str", "default": ""},
+                    "revision": {"type": "str", "default": ""},
+                    "endpoint": {"type": "str", "default": ""},
+                    "token": {"type": "str", "default": "", "no_log": True},
+                    "directory": {"type": "str", "default": ""},
+                    "manifest": {"type": "str", "default": ""},
+                    "required_space": {"type": "int", "default": 0},
+                },
+            },
             "served_model_name": {"type": "str", "required": True},
             "api_key": {"type": "str", "default": "", "no_log": True},
             "instances": {"type": "raw", "required": True},
@@ -154,11 +221,12 @@ def main():
     except ValueError as problem:
         host, version = params["inventory_hostname"], params["version"]
         module.fail_json(msg=f"{host}: help_text for vLLM {version} is {problem}")
-    declared = Declaration(environment=params.pop("environment_variables"), **params)
-    instances, errors = resolve(declared, options)
+    model = Model(**params.pop("model"))
+    declared = Declaration(model=model, environment=params.pop("environment_variables"), **params)
+    instances, checkpoint, errors = resolve(declared, options)
     if errors:
         module.fail_json(msg="\n".join(errors), errors=errors)
-    module.exit_json(changed=False, instances=[asdict(instance) for instance in instances])
+    module.exit_json(changed=False, instances=[asdict(instance) for instance in instances], model=asdict(checkpoint))
 
 
 if __name__ == "__main__":

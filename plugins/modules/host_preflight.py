@@ -40,6 +40,10 @@ options:
     description: Free space (MiB) that a new release needs.
     type: int
     required: true
+  model:
+    description: The checkpoint as M(nvl.vllm.declaration) returns it. Where its directory is there, no space is needed.
+    type: dict
+    default: {}
 attributes:
   check_mode:
     support: full
@@ -61,6 +65,7 @@ EXAMPLES = r"""
     python: /usr/bin/python3
     release: /opt/vllm/0.32.0-cuda-1a2b3c4d
     required_space: 14336
+    model: "{{ vllm_declared.model }}"
 """
 
 RETURN = r"""
@@ -75,6 +80,7 @@ gpu_problem:
   type: str
 """
 
+import os
 import platform
 import pwd
 import shutil
@@ -83,6 +89,13 @@ import socket
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.nvl.vllm.plugins.module_utils import _host
 from ansible_collections.nvl.vllm.plugins.module_utils._venv import read_marker
+
+
+def staged_mib(model):
+    """Space (MiB) that files of an interrupted run take already."""
+    folder = f"{model['root']}/.staging/{os.path.basename(model['path'])}"
+    files = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names]
+    return sum(os.stat(file).st_blocks * 512 for file in files) // 2**20
 
 
 def main():
@@ -94,6 +107,7 @@ def main():
             "python": {"type": "path", "required": True},
             "release": {"type": "path", "required": True},
             "required_space": {"type": "int", "required": True},
+            "model": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,
     )
@@ -117,13 +131,13 @@ def main():
     if complaint:
         errors.append(complaint)
 
+    needs = []
     if read_marker(params["release"]) is None:
-        free = _host.free_mib(params["release"])
-        if free < params["required_space"]:
-            errors.append(
-                f"{params['release']} needs {params['required_space']} MiB of free disk space, its file system has "
-                f"{free} MiB: free space there, or set vllm_root to a directory on a larger file system"
-            )
+        needs.append((params["release"], params["required_space"], "vllm_root"))
+    model = params["model"]
+    if model.get("root") and not os.path.isdir(model["path"]):
+        needs.append((model["path"], model["required_space"] - staged_mib(model), "vllm_model_root"))
+    errors += _host.space_complaints(needs)
 
     try:
         own_uid = pwd.getpwnam(params["user"]).pw_uid

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ansible_collections.nvl.vllm.plugins.module_utils._declaration import Declaration, resolve
+from ansible_collections.nvl.vllm.plugins.module_utils._declaration import Declaration, Model, resolve
+from ansible_collections.nvl.vllm.plugins.module_utils._manifest import File, Manifest
 from ansible_collections.nvl.vllm.plugins.module_utils._serve_help import ServeOptions
 
 ROLE = Path(__file__).parents[4] / "roles/vllm_declaration"
@@ -16,13 +17,15 @@ HELP = (ROLE / f"files/vllm-serve-help-{DEFAULTS['vllm_version']}.txt").read_tex
 GUIDE = DEFAULTS["vllm_profiles"]["guide"]
 OPTIONS = ServeOptions.parse(HELP)
 PAIR = [{"name": "primary", "port": 8001, "gpus": [0]}, {"name": "secondary", "port": 8002, "gpus": [1]}]
+COMMIT = "b5c939de8f754692c1647ca79fbf85e8c1e70f8a"
+HUB = Model(source="hub", root="/srv/models/m", repository="openai/gpt-oss-120b", revision=COMMIT, required_space=62464)
 DECLARED = Declaration(
     inventory_hostname="h100-1",
     device="cuda",
     version="0.32.0",
     host="127.0.0.1",
     home="/var/lib/vllm",
-    model_path="/srv/models/gpt-oss-120b",
+    model=HUB,
     served_model_name="gpt-oss-120b",
     instances=PAIR,
     profile="guide",
@@ -32,14 +35,14 @@ DECLARED = Declaration(
 
 def instances(**changes):
     """The instances of a declaration without a mistake."""
-    found, errors = resolve(dataclasses.replace(DECLARED, **changes), OPTIONS)
+    found, _, errors = resolve(dataclasses.replace(DECLARED, **changes), OPTIONS)
     assert errors == []
     return found
 
 
 def errors(**changes):
     """The mistakes of a declaration, without the host's name that begins each of them."""
-    found = resolve(dataclasses.replace(DECLARED, **changes), OPTIONS)[1]
+    found = resolve(dataclasses.replace(DECLARED, **changes), OPTIONS)[2]
     assert all(error.startswith("h100-1: ") for error in found)
     return [error.partition(": ")[2] for error in found]
 
@@ -58,7 +61,7 @@ def test_default_pair_is_complete():
         "http://127.0.0.1:8001",
     )
     assert first.arguments == {
-        "model": "/srv/models/gpt-oss-120b",
+        "model": f"/srv/models/m/{COMMIT}",
         "served-model-name": "gpt-oss-120b",
         "host": "127.0.0.1",
         "port": 8001,
@@ -152,7 +155,7 @@ def test_spellings_end_under_one_name(given, value, name, wanted):
         ("uvicorn-log-level", "loud", "wanted one of critical, debug, error, info, trace, warning"),
         ("port", 8009, "set the instance's port instead"),
         ("host", "0.0.0.0", "set vllm_host instead"),
-        ("model", "a/b", "set vllm_model_path instead"),
+        ("model", "a/b", "set vllm_model_source and what belongs to it instead"),
         ("served_model_name", "a", "set vllm_served_model_name instead"),
         ("config", "/a.yaml", "set vllm_arguments or the instance's arguments instead"),
     ],
@@ -346,3 +349,90 @@ def test_beyond_loopback_a_key_is_wanted():
 )
 def test_url_is_the_one_that_the_host_itself_reaches(host, url):
     assert instances(host=host, api_key="sk-123")[0].url == url
+
+
+MANIFEST = Manifest({"config.json": File(2**20 + 1, "0" * 64)})
+
+
+def checkpoint(**changes):
+    """The checkpoint of a declaration without a mistake."""
+    _, found, errors = resolve(dataclasses.replace(DECLARED, model=dataclasses.replace(HUB, **changes)), OPTIONS)
+    assert errors == []
+    return found
+
+
+def model_errors(**changes):
+    """The mistakes of a declaration whose model is changed."""
+    return errors(model=dataclasses.replace(HUB, **changes))
+
+
+def test_the_hubs_checkpoint_is_named_after_its_commit():
+    found = checkpoint()
+    assert (found.path, found.root) == (f"/srv/models/m/{COMMIT}", "/srv/models/m")
+    assert (found.repository, found.revision, found.manifest) == ("openai/gpt-oss-120b", COMMIT, {})
+    assert found.required_space == 62464
+
+
+def test_a_manifest_tells_the_space_and_names_what_has_no_commit():
+    found = checkpoint(source="controller", directory="/models/m", manifest=MANIFEST.dump())
+    assert found.path == f"/srv/models/m/{MANIFEST.name}"
+    assert found.required_space == 2
+    assert found.manifest == MANIFEST.as_dict()
+    # Repository and revision are the hub's and do not count here.
+    assert (found.repository, found.revision) == ("", "")
+
+
+def test_what_is_on_the_host_is_used_in_place():
+    found = checkpoint(source="host", directory="/mnt/models/m")
+    assert (found.path, found.root, found.required_space) == ("/mnt/models/m", "", 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"source": "nfs"}, "vllm_model_source is 'nfs': wanted one of hub, controller, host"),
+        (
+            {"repository": "gpt-oss"},
+            "vllm_model_repository is 'gpt-oss': wanted OWNER/NAME, such as openai/gpt-oss-120b",
+        ),
+        (
+            {"revision": "v1"},
+            "vllm_model_revision is 'v1': wanted a full commit of 40 hexadecimal digits, as a branch or tag can move "
+            "to other bytes (git ls-remote https://huggingface.co/openai/gpt-oss-120b v1 tells it)",
+        ),
+        (
+            {"endpoint": "hub.example.com"},
+            "vllm_model_endpoint is 'hub.example.com': wanted the address of a hub, such as https://hub.example.com",
+        ),
+        (
+            {"endpoint": "http://hub.example.com", "token": "hf_secret"},
+            "vllm_model_endpoint is 'http://hub.example.com': wanted https, which hides vllm_model_token on the way",
+        ),
+        (
+            {"source": "host", "directory": "models"},
+            "vllm_model_directory is 'models': wanted the absolute path of the checkpoint, "
+            "as vllm_model_source is host",
+        ),
+        (
+            {"source": "controller", "directory": "/m"},
+            "vllm_model_manifest is '': wanted the checkpoint's manifest, as vllm_model_source is controller: "
+            "tools/manifest writes it",
+        ),
+        (
+            {"manifest": dataclasses.replace(MANIFEST, revision="0" * 40).dump()},
+            f"vllm_model_revision is '{COMMIT}': the manifest in vllm_model_manifest is for {'0' * 40}",
+        ),
+    ],
+)
+def test_mistakes_of_the_model(changes, error):
+    assert model_errors(**changes) == [error]
+
+
+def test_a_manifest_that_is_none_is_told():
+    (error,) = model_errors(manifest="{}")
+    assert error.startswith("vllm_model_manifest: wanted an object with 'files'")
+
+
+def test_the_token_is_in_no_text():
+    assert "hf_secret" not in repr(Model(source="hub", root="/m", token="hf_secret"))
+    assert "hf_secret" not in str(model_errors(endpoint="http://hub.example.com", token="hf_secret"))

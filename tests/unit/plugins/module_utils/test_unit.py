@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -34,6 +35,15 @@ class FakeHost:
 
     def fingerprint(self):
         return _unit.fingerprint("primary", str(self.root), str(self.model), self.paths)
+
+    def state(self, failed_starts):
+        """What the state of a unit says that was started from all this."""
+        return {
+            "fingerprint": self.fingerprint(),
+            "failed_starts": failed_starts,
+            "release": os.path.realpath(self.root / "a"),
+            "model": os.path.realpath(self.model),
+        }
 
     def drop_in(self, unit):
         (self.units / f"{unit}.d").mkdir()
@@ -226,7 +236,17 @@ def test_prepare_of_a_first_start_waits_for_nothing(helper, host):
     made = helper()
     made.prepare()
     assert made.said == []
-    assert _unit.read_state("primary", host.paths) == {"fingerprint": host.fingerprint(), "failed_starts": 1}
+    assert _unit.read_state("primary", host.paths) == host.state(failed_starts=1)
+
+
+def test_prepare_records_where_links_lead(helper, host):
+    link = host.root.parent / "link"
+    link.symlink_to(host.model)
+    helper(NVL_VLLM_MODEL_PATH=str(link)).prepare()
+    host.point_current_to("b")
+    state = _unit.read_state("primary", host.paths)
+    assert state["release"] == os.path.realpath(host.root / "a")
+    assert state["model"] == os.path.realpath(host.model)
 
 
 def test_prepare_backs_off_after_a_failed_start(helper):
@@ -275,7 +295,7 @@ def test_ready_when_a_completion_was_answered(helper, host, fake_vllm, engine):
     made.ready()
     (headers,) = [headers for path, headers, _ in fake_vllm.requests if path.endswith("/completions")]
     assert headers["Authorization"] == "Bearer sk-123"
-    assert _unit.read_state("primary", host.paths) == {"fingerprint": host.fingerprint(), "failed_starts": 0}
+    assert _unit.read_state("primary", host.paths) == host.state(failed_starts=0)
     assert Turn("secondary", 600.0, host.paths).take() == "secondary"
     assert len(made.said) == 1
 

@@ -21,9 +21,13 @@ def declare(run_module):
             "inventory_hostname": "h100-1",
             "help_text": (ROLE / f"files/vllm-serve-help-{DEFAULTS['vllm_version']}.txt").read_text(),
             "environment_variables": DEFAULTS["vllm_environment"],
+            "model": {
+                name: DEFAULTS[f"vllm_model_{name}"]
+                for name in ("source", "root", "repository", "revision", "endpoint", "token", "directory", "manifest")
+            },
         }
         for name in (
-            *("device", "version", "host", "home", "model_path", "served_model_name"),
+            *("device", "version", "host", "home", "served_model_name"),
             *("instances", "profile", "profiles", "arguments"),
         ):
             options[name] = DEFAULTS[f"vllm_{name}"]

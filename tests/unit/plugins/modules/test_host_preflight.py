@@ -103,7 +103,34 @@ def test_a_host_without_driver_fails_but_in_check_mode_says_so(preflight):
 
 def test_too_little_space_is_told_with_figures(preflight):
     error = only_error(preflight(required_space=2**40))
-    assert error.startswith(f"{preflight.folder}/opt/vllm/0.32.0 needs {2**40} MiB of free disk space, ")
+    release = f"{preflight.folder}/opt/vllm/0.32.0"
+    assert error.startswith(f"{release} ({2**40} MiB) needs {2**40} MiB of free disk space, and the file system /")
+    assert error.endswith("or set vllm_root to a directory on a larger file system")
+
+
+def test_the_checkpoint_needs_space_on_top_unless_it_is_there(preflight):
+    folder = preflight.folder / "models"
+    model = {"root": str(folder), "path": str(folder / "r1"), "required_space": 2**40}
+    error = only_error(preflight(model=model, required_space=2**40))
+    assert error.startswith(
+        f"{preflight.folder}/opt/vllm/0.32.0 ({2**40} MiB) and {folder}/r1 ({2**40} MiB) need {2**41} MiB"
+    )
+    assert "set vllm_root or vllm_model_root to" in error
+    (folder / "r1").mkdir(parents=True)
+    assert "failed" not in preflight(model=model)
+
+
+def test_what_an_interrupted_run_left_of_the_checkpoint_counts(preflight):
+    staging = preflight.folder / "models/.staging/r1"
+    staging.mkdir(parents=True)
+    (staging / "shard").write_bytes(b"x" * 2**21)
+    model = {"root": str(preflight.folder / "models"), "path": str(preflight.folder / "models/r1")}
+    error = only_error(preflight(model={**model, "required_space": 2**40}))
+    assert f"({2**40 - 2} MiB)" in error
+
+
+def test_a_checkpoint_that_is_used_in_place_needs_no_space(preflight):
+    assert "failed" not in preflight(model={"root": "", "path": "/mnt/m", "required_space": 2**40})
 
 
 def test_a_complete_release_needs_no_space(preflight):
