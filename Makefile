@@ -7,12 +7,12 @@ export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 # Byte code is what makes the second run quick.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: sandbox test lint unit molecule clean bootstrap bench-rerun check-gpu-install lock-controller
+.PHONY: sandbox test lint unit molecule check-airgap bundle clean bootstrap bench-rerun check-gpu-install lock-controller
 
 sandbox: bootstrap       ## container host, two real vLLM CPU engines, failover drill
 	ansible-playbook playbooks/sandbox.yml
 
-test: lint unit molecule ## everything that CI runs
+test: lint unit molecule check-airgap ## everything that CI runs
 
 lint: bootstrap
 	tools/lint
@@ -22,6 +22,13 @@ unit: bootstrap
 
 molecule: bootstrap
 	tools/molecule test
+
+check-airgap: bootstrap  ## a bundle, deployed into a container that has no network
+	ansible-playbook playbooks/check_airgap.yml
+
+INVENTORY ?= inventory/sandbox
+bundle: bootstrap        ## all that the hosts of INVENTORY need, in one directory
+	ansible-playbook -i $(INVENTORY) playbooks/bundle.yml
 
 bench-rerun: bootstrap   ## tasks and seconds of a run that changes nothing, beside as many pings
 	tools/bench_rerun.py

@@ -199,7 +199,7 @@ class _Resolver:
         wanted = ""
         if model.endpoint and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", model.endpoint):
             wanted = "wanted the address of a hub, such as https://hub.example.com"
-        elif model.token and model.endpoint.startswith("http:"):
+        elif model.token and re.match(r"http://(?!(127\.0\.0\.1|localhost|\[::1\])(:|/|$))", model.endpoint):
             wanted = "wanted https, which hides vllm_model_token on the way"
         if wanted:
             self.refuse("vllm_model_endpoint", model.endpoint, wanted)

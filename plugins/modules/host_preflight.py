@@ -10,7 +10,8 @@ module: host_preflight
 short_description: Check that a host can carry the declared instances
 version_added: 0.1.0
 description:
-  - Checks operating system, architecture, Python, free disk space, ports and GPUs. Reads only.
+  - Checks operating system, architecture, Python, free disk space, ports and GPUs, and that a checkpoint that is used
+    in place is there. Reads only.
   - All findings are reported at once, each with what was found, what is wanted and the remedy.
 author: The nvl.vllm authors
 options:
@@ -138,6 +139,11 @@ def main():
     if model.get("root") and not os.path.isdir(model["path"]):
         needs.append((model["path"], model["required_space"] - staged_mib(model), "vllm_model_root"))
     errors += _host.space_complaints(needs)
+    if model.get("source") == "host" and not os.path.isfile(f"{model['path']}/config.json"):
+        errors.append(
+            f"vllm_model_directory is {model['path']}, which is no checkpoint: it holds no config.json. Put one there, "
+            "mount it, or set another vllm_model_source"
+        )
 
     try:
         own_uid = pwd.getpwnam(params["user"]).pw_uid

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import testinfra
-from helpers import SANDBOX
+from helpers import INSTANCES, SANDBOX, chat, main_pid
 from testinfra.host import Host
 
 
@@ -25,6 +25,16 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
 @pytest.fixture(scope="session")
 def api_key() -> str:
     return (SANDBOX / "api_key").read_text().split()[0]
+
+
+@pytest.fixture
+def keeps_serving(host: Host, api_key: str) -> Iterator[None]:
+    """Both engines run on, untouched, and answer afterwards."""
+    before = {name: main_pid(host, name) for name in INSTANCES}
+    yield
+    assert {name: main_pid(host, name) for name in INSTANCES} == before
+    for name in INSTANCES:
+        chat(host, name, api_key)
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +56,11 @@ def playbook(path: str, *arguments: str, **variables: Any) -> subprocess.Complet
 def site(*arguments: str, **variables: Any) -> subprocess.CompletedProcess[str]:
     """Run site.yml; tests drill only where they say so."""
     return playbook("site.yml", *arguments, **{"vllm_verify_drill": "never", **variables})
+
+
+def await_(condition: Callable[[], bool], seconds: float) -> None:
+    """Wait until something is so; a generous deadline ends the test."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.2)

@@ -388,7 +388,9 @@ def test_missing_keyring_is_named(tree, tmp_path):
 
 def test_distribution_whose_keys_are_not_here_says_what_to_install(apt_tree, tmp_path, monkeypatch):
     monkeypatch.setattr(apt_tree, "KEYRINGS", tmp_path)
-    with pytest.raises(apt_tree.AptTreeError, match=r"not here: install the package ubuntu-keyring$"):
+    with pytest.raises(
+        apt_tree.AptTreeError, match=r"not here: install the package ubuntu-keyring, or name its --keyring$"
+    ):
         apt_tree.sources_of("noble", [], None, [])
 
 

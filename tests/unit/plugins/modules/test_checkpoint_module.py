@@ -158,6 +158,7 @@ def in_words(result, *texts):
 def test_checkpoint_is_fetched_and_told(host, published, wanted):
     result = host.run()
     assert (result["changed"], result["fetched"], result["missing"]) == (True, wanted, [])
+    assert result["complete"] is True
     assert (result["damaged"], result["hashed"]) == ({}, 0)
     assert {name: (host.path / name).read_bytes() for name in wanted} == {
         name: (published / name).read_bytes() for name in wanted
@@ -183,7 +184,7 @@ def test_manifest_that_is_returned_is_the_one_for_other_hosts(host, published, w
 
 def test_check_mode_asks_no_hub_and_writes_nothing(host):
     result = host.run(check_mode=True)
-    assert (result["changed"], result["missing"]) == (True, None)
+    assert (result["changed"], result["complete"], result["missing"]) == (True, False, None)
     assert "checkpoint" not in result
     assert host.server.requests == []
     assert list(host.root.parent.iterdir()) == []
@@ -196,7 +197,7 @@ def test_second_run_asks_nobody_and_changes_nothing(present, server, wanted):
     assert result["checkpoint"]["files"] == len(wanted)
     assert server.requests == []
     result = present.run(check_mode=True)
-    assert (result["changed"], result["missing"]) == (False, [])
+    assert (result["changed"], result["complete"], result["missing"]) == (False, True, [])
     assert result["checkpoint"]["files"] == len(wanted)
     assert server.requests == []
     assert present.content() == first
@@ -281,6 +282,13 @@ def test_another_revision_is_not_taken_for_the_one_that_is_there(present):
     in_words(present.run(revision="0" * 40), "has no commit " + "0" * 40)
 
 
+def test_check_mode_does_not_know_another_revision(present):
+    result = present.run(check_mode=True, revision="0" * 40)
+    assert (result["changed"], result["complete"], result["missing"]) == (True, False, None)
+    assert "checkpoint" not in result
+    assert present.server.requests == []
+
+
 def test_files_that_are_no_longer_excluded_are_fetched(host, wanted):
     host.run(exclude=[*EXCLUDED, "chat_template.jinja"])
     assert host.run()["fetched"] == ["chat_template.jinja"]
@@ -315,19 +323,28 @@ def test_token_is_used_and_in_no_output(host, server, capsys):
     assert not any(TOKEN.encode() in path.read_bytes() for path in written)
 
 
-def test_password_of_a_proxy_is_in_no_output(host):
-    proxy = "http://user:Passw0rd@proxy.example:3128"
-    assert "Passw0rd" not in json.dumps(host.run(environment_variables={"HTTPS_PROXY": proxy}))
+@pytest.mark.parametrize("login", [{}, {"http_proxy": "http://127.0.0.1:9"}], ids=["", "other-at-login"])
+def test_hub_is_reached_through_the_proxy_whose_password_is_in_no_output(host, server, wanted, login):
+    """The server answers as a proxy does, too: what differs is only the request's first line."""
+    os.environ.update(login)
+    proxy = server.url.replace("//", "//user:Passw0rd@")
+    result = host.run(endpoint="http://hub.example:8080", proxy=proxy)
+    assert result.get("fetched") == wanted, result
+    assert {one.headers["host"].partition(":")[0] for one in server.requests} == {"hub.example"}
+    assert all(one.headers["proxy-authorization"].startswith("Basic ") for one in server.requests)
+    assert "Passw0rd" not in json.dumps(result)
 
 
-def test_short_variables_do_not_black_out_the_result(host, published):
-    result = host.run(environment_variables={"HF_HUB_DOWNLOAD_TIMEOUT": "30", "HF_HUB_DISABLE_TELEMETRY": 1})
-    assert result["manifest"]["files"][SECOND]["sha256"] == sha256(published / SECOND)
-    assert result["checkpoint"]["path"] == str(host.path)
+def test_proxy_that_is_not_there_is_told_without_its_password(host):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    result = host.run(proxy=f"http://user:Passw0rd@127.0.0.1:{port}")
+    in_words(result, f"through the proxy 127.0.0.1:{port}")
+    assert "Passw0rd" not in json.dumps(result)
 
 
-def test_variables_reach_the_hub_library(host):
-    in_words(host.run(environment_variables={"HTTP_PROXY": "http://127.0.0.1:9"}), "through the proxy 127.0.0.1:9")
+def test_certificates_that_are_not_there_are_told(host, tmp_path):
+    in_words(host.run(endpoint="https://127.0.0.1:9", ca_file=str(tmp_path / "nowhere.pem")), "vllm_model_ca_file")
 
 
 @pytest.mark.parametrize(
@@ -476,6 +493,12 @@ def test_what_differs_from_what_was_first_seen_is_an_error_that_names_the_record
     )
     os.unlink(record)
     assert in_place(mount)["changed"] is True
+
+
+def test_other_exclusions_do_not_make_what_differs_right(mount):
+    in_place(mount)
+    mount.damage(SECOND)
+    in_words(in_place(mount, exclude=[*EXCLUDED, "*.txt"]), SECOND)
 
 
 def test_damage_in_place_that_left_no_trace_is_found_by_always(mount):

@@ -129,8 +129,15 @@ def test_what_an_interrupted_run_left_of_the_checkpoint_counts(preflight):
     assert f"({2**40 - 2} MiB)" in error
 
 
-def test_a_checkpoint_that_is_used_in_place_needs_no_space(preflight):
-    assert "failed" not in preflight(model={"root": "", "path": "/mnt/m", "required_space": 2**40})
+def test_a_checkpoint_that_is_used_in_place_must_be_there_and_needs_no_space(preflight):
+    folder = preflight.folder / "mnt"
+    model = {"source": "host", "root": "", "path": str(folder), "required_space": 2**40}
+    assert only_error(preflight(model=model)).startswith(
+        f"vllm_model_directory is {folder}, which is no checkpoint: it holds no config.json."
+    )
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    assert "failed" not in preflight(model=model)
 
 
 def test_a_complete_release_needs_no_space(preflight):
