@@ -188,9 +188,13 @@ def copy_from(directory: str) -> Fetch:
         if not os.path.isfile(source):
             raise CheckpointError(f"{source} is not there, and the manifest names {name}")
         advance(-_size(part))  # what an interrupted run left is not used: copying is quick
-        with _told(part), open(source, "rb", buffering=0) as stream, open(part, "wb") as target:
+        with _told(source), open(source, "rb", buffering=0) as stream, _told(part), open(part, "wb") as target:
             buffer = memoryview(bytearray(CHUNK))
-            while count := stream.readinto(buffer):
+            while True:
+                with _told(source):
+                    count = stream.readinto(buffer)
+                if not count:
+                    break
                 if stop.is_set():
                     raise Stopped
                 target.write(buffer[:count])
@@ -222,7 +226,7 @@ class Store:
         self.path = path.rstrip("/")
         self.root = root
         self.records = records
-        self.staging = f"{root}/.staging/{os.path.basename(self.path)}"
+        self.staging = f"{root}/.staging/{os.path.basename(self.path)}" if root else ""
         self.parts = f"{self.staging}/.parts"
         self.progress = progress or Progress()
         self.stop = threading.Event()

@@ -197,6 +197,7 @@ checkpoint:
 import contextlib
 import os
 import socket
+import sys
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.nvl.vllm.plugins.module_utils import _checkpoint, _hub
@@ -219,7 +220,8 @@ class Work:
     def __init__(self, module):
         self.params = params = module.params
         self.progress = Progress(params["progress"])
-        managed = params["source"] != "none"
+        # What is only looked at needs no lock.
+        managed = params["source"] != "none" and (params["repair"] or os.path.isdir(params["path"]))
         self.store = _checkpoint.Store(
             params["path"], os.path.dirname(params["path"]) if managed else "", params["records"], self.progress
         )
@@ -230,13 +232,11 @@ class Work:
         """The manifest as far as it is known without asking anyone, or None."""
         if self.params["manifest"]:
             return parse(self.params["manifest"])
-        if self.record is None or self.record.exclude != self.params["exclude"]:
+        if self.record is None:
             return None
-        manifest = self.record.manifest
-        if self.params["source"] == "hub" and (manifest.repository, manifest.revision) != (
-            self.params["repository"],
-            self.params["revision"],
-        ):
+        manifest, params = self.record.manifest, self.params
+        asked = (params["repository"], params["revision"], params["exclude"])
+        if params["source"] == "hub" and (manifest.repository, manifest.revision, self.record.exclude) != asked:
             return None
         return manifest
 
@@ -250,6 +250,8 @@ class Work:
         known = self.known()
         if known is not None:
             return known
+        if self.params["source"] == "hub" and not self.params["repair"]:
+            raise _checkpoint.CheckpointError(f"{self.params['path']} has not been brought yet: deploy first")
         if self.params["source"] == "hub":
             return _hub.list_files(self.hub, self.params["exclude"])
         # Used in place and seen for the first time: what is there is what counts from now on.
@@ -308,7 +310,7 @@ def predict(module, work):
     after = ["the files of the repository"] if missing is None else missing
     todo = bool(after or linked)
     result = {"changed": todo, "complete": not todo, "missing": missing, "staging": work.store.staging}
-    if work.record is not None and not missing:
+    if work.record is not None and missing == []:
         result["checkpoint"] = facts(params["path"], work.record)
     diff = {"before": "", "after": "".join(f"{name}\n" for name in after), "after_header": params["path"]}
     module.exit_json(diff=diff, **result)
@@ -344,7 +346,10 @@ def main():
         if not params[option]:
             module.fail_json(msg=f"source is {params['source']}, so {option} is wanted")
     if params["proxy"]:
-        os.environ.update(HTTPS_PROXY=params["proxy"], HTTP_PROXY=params["proxy"])
+        # Above what the login shell of the host may set, which is looked at in small letters first.
+        for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+            os.environ[name] = params["proxy"]
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ""
     if params["ca_file"]:
         os.environ["SSL_CERT_FILE"] = params["ca_file"]
     os.umask(0o022)
@@ -367,6 +372,11 @@ def main():
             linked = params["link"] and params["repair"] and params["source"] != "none" and work.store.link()
     except (_checkpoint.CheckpointError, _hub.HubError, ManifestError) as error:
         module.fail_json(msg=work.explain(error))
+    except ImportError as error:
+        module.fail_json(
+            msg=f"{socket.gethostname()}: {error} in {sys.executable}: source hub wants an interpreter that has "
+            "huggingface_hub, such as /opt/vllm/current/bin/python (ansible_python_interpreter)"
+        )
     for warning in brought.warnings:
         module.warn(f"{socket.gethostname()}: {params['path']}: {warning}")
     module.exit_json(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.nvl.vllm.plugins.module_utils._bundle import complaints
-from ansible_collections.nvl.vllm.plugins.module_utils._manifest import File, Manifest
+from ansible_collections.nvl.vllm.plugins.module_utils._manifest import File, Manifest, parse
 
 TOOL = Path(__file__).parents[3] / "tools/bundle"
 COMMIT = "b5c939de8f754692c1647ca79fbf85e8c1e70f8a"
@@ -133,11 +133,19 @@ def test_what_changed_is_written_again(bundle, change):
     assert bundle.check().returncode == 0
 
 
-def test_checkpoint_is_not_hashed_again(bundle):
+def test_checkpoint_is_not_hashed_again(bundle, load_tool, monkeypatch):
     """It was verified a moment ago, and has many bytes; sha256sum would find what changed since."""
+    tool = load_tool("bundle")
     file = bundle.path / "model/model.safetensors"
     verified = sha256(file)
     file.write_text("damaged meanwhile")
+    hashed = []
+    real = tool.digest
+    monkeypatch.setattr(tool, "digest", lambda path: (hashed.append(Path(path).name), real(path))[1])
+    found = tool.sums(bundle.path, parse((bundle.path / "model.json").read_text()))
+    assert found["model/model.safetensors"] == verified
+    assert "vllm-0.32.0-py3-none-any.whl" in hashed
+    assert not {"model.safetensors", "config.json"} & set(hashed)
     bundle.finish()
     assert bundle.sums["model/model.safetensors"] == verified
     assert bundle.check().returncode == 1

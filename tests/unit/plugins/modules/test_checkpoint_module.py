@@ -69,7 +69,7 @@ def undisturbed(monkeypatch):
         monkeypatch.setattr(f"{module}.time", SimpleNamespace(sleep=lambda _: None, time=time.time))
     monkeypatch.setattr(_hub, "_pause", lambda _seconds, _stop: None)
     monkeypatch.setattr(_hub, "CHUNK", 100)
-    before, umask = dict(os.environ), os.umask(0o022)
+    before, umask = dict(os.environ), os.umask(0o077)
     for name in before:
         if name.lower().endswith("_proxy") or name.startswith("HF_"):
             del os.environ[name]
@@ -172,6 +172,12 @@ def test_checkpoint_is_fetched_and_told(host, published, wanted):
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", told["verified"])
     assert result["diff"]["after"].split() == wanted
     assert not list(host.progress.parent.iterdir())
+
+
+def test_engines_may_read_it_whatever_the_login_umask(host):
+    host.run()
+    for path in (host.root, host.path, *host.path.rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
 
 
 def test_manifest_that_is_returned_is_the_one_for_other_hosts(host, published, wanted):
@@ -444,10 +450,19 @@ def test_option_that_the_source_needs_is_asked_for(host, changes, name):
     assert host.server.requests == []
 
 
-def test_sources_but_the_hub_need_no_library_of_it(host, published, manifest, monkeypatch):
+@pytest.fixture
+def no_hub_library(monkeypatch):
+    """As in the host's own Python."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+
+
+def test_hub_without_its_library_is_told(host, no_hub_library):
+    in_words(host.run(), "huggingface_hub")
+
+
+def test_sources_but_the_hub_need_no_library_of_it(host, published, manifest, no_hub_library):
     assert host.run(source="directory", directory=str(published), manifest=manifest)["changed"] is True
 
 
@@ -509,6 +524,7 @@ def test_damage_in_place_that_left_no_trace_is_found_by_always(mount):
 
 
 def test_manifest_holds_in_place_too(mount, manifest):
+    assert in_place(mount, manifest=manifest)["changed"] is True
     before = state(mount.path)
     mount.damage(SECOND)
     (mount.path / "README.md").unlink()
