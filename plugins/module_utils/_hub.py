@@ -540,8 +540,9 @@ def _refused(hub: Hub, error: Any, file: str) -> str:
         return _no_commit(hub)
     if status == 404 and file and code != "RepoNotFound":
         return (
-            f"{hub} has no {file} in {hub.repository} at {hub.revision} (HTTP 404), which its list of files names: "
-            "its copy is not complete; run again later, or set vllm_model_endpoint to another hub"
+            f"{hub} has no {file} in {hub.repository} at {hub.revision} (HTTP 404), which its list of files or "
+            "vllm_model_manifest names: its copy is not complete, or the manifest is for other files; run again later, "
+            "or set vllm_model_endpoint to another hub"
         )
     if status == 404 and code:
         return f"{hub} has no repository {hub.repository} (HTTP 404): check vllm_model_repository"
