@@ -90,20 +90,20 @@ def amount(size: float) -> str:
 
 def describe(now: Mapping[str, Any], before: Mapping[str, Any], seconds: float) -> str:
     """One line on how far it is, from the counts now and those ``seconds`` ago; empty where nothing is known."""
+    # Files are verified as they arrive, so what is still to come decides how long it takes.
+    fetching = now.get("fetched", 0) < now.get("to_fetch", 0)
+    done, total, verb = ("fetched", "to_fetch", "fetched") if fetching else ("hashed", "to_hash", "verified")
+    have, want = now.get(done, 0), now.get(total, 0)
     parts = []
-    for done, total, verb in (("fetched", "to_fetch", "fetched"), ("hashed", "to_hash", "verified")):
-        have, want = now.get(done, 0), now.get(total, 0)
-        if not want or (have >= want and now.get("to_fetch" if done == "hashed" else "to_hash", 0)):
-            continue
+    if want:
+        parts.append(f"{verb} {amount(have)} of {amount(want)} ({100 * have // want} %)")
         # Before the first look another run may have done a part of it.
-        rate = max(0, have - before[done]) / seconds if done in before and seconds > 0 else 0.0
-        text = f"{verb} {amount(have)} of {amount(want)} ({100 * have // want} %)"
-        if rate:
-            text += f", {amount(rate)}/s, {duration((want - have) / rate)} left"
-        parts.append(text)
+        rate = (have - before[done]) / seconds if done in before and seconds > 0 else 0.0
+        if rate > 0:
+            parts.append(f"{amount(rate)}/s, {duration((want - have) / rate)} left")
     if now.get("note"):
         parts.append(str(now["note"]))
-    return "; ".join(parts)
+    return ", ".join(parts)
 
 
 def duration(seconds: float) -> str:
