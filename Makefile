@@ -18,7 +18,7 @@ lint: bootstrap
 	tools/lint
 
 unit: bootstrap
-	pytest -q tests/unit
+	pytest -q -n auto tests/unit
 
 molecule: bootstrap
 	tools/molecule test

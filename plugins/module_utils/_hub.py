@@ -29,6 +29,7 @@ from typing import Any, Callable
 from urllib.parse import SplitResult, quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from ._checkpoint import CheckpointError
 from ._checksum import Stopped
 from ._host import mount_of
 from ._manifest import File, Manifest, ManifestError, parse
@@ -53,7 +54,7 @@ _URL = re.compile(r"https?://[^\s'\"<>]+")
 _SECRET = re.compile(r"\bhf_\w+|(?<=Bearer )\S+", re.IGNORECASE)
 
 
-class HubError(Exception):
+class HubError(CheckpointError):
     """One sentence: what, where, and what to change; without the name of the host."""
 
 

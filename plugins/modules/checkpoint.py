@@ -195,6 +195,7 @@ checkpoint:
 """
 
 import contextlib
+import functools
 import os
 import socket
 import sys
@@ -265,14 +266,7 @@ class Work:
         if params["source"] == "none" or not params["repair"]:
             return None
         if params["source"] == "hub":
-
-            def from_hub(name, size, part, advance, stop):
-                try:
-                    _hub.fetch(self.hub, name, size, part, advance, stop)
-                except _hub.HubError as error:
-                    raise _checkpoint.CheckpointError(str(error)) from None
-
-            return from_hub
+            return functools.partial(_hub.fetch, self.hub)
         if params["source"] == "directory":
             return _checkpoint.copy_from(params["directory"])
         return _checkpoint.put_by_others(self.store)
@@ -370,7 +364,7 @@ def main():
                 work.origin(),
             )
             linked = params["link"] and params["repair"] and params["source"] != "none" and work.store.link()
-    except (_checkpoint.CheckpointError, _hub.HubError, ManifestError) as error:
+    except (_checkpoint.CheckpointError, ManifestError) as error:
         module.fail_json(msg=work.explain(error))
     except ImportError as error:
         module.fail_json(

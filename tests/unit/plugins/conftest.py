@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from ansible.module_utils import basic
+from ansible.module_utils.common import warnings
 
 MODEL = "gpt-oss-120b"
 
@@ -342,6 +343,8 @@ def run_module(monkeypatch, capsys):
         encoded = json.dumps({"ANSIBLE_MODULE_ARGS": arguments}).encode()
         monkeypatch.setattr(basic, "_ANSIBLE_ARGS", encoded)
         monkeypatch.setattr(basic, "_ANSIBLE_PROFILE", "legacy")
+        # A module is a process of its own; here its warnings would go on to the next one's result.
+        monkeypatch.setattr(warnings, "_global_warnings", {})
         with pytest.raises(SystemExit):
             main()
         return json.loads(capsys.readouterr().out)
