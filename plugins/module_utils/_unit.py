@@ -184,6 +184,14 @@ def wanted_mib(csv: str, utilization: float) -> list[tuple[int, int]]:
     return result
 
 
+def holders(gpus: str, run: Runner) -> str:
+    """The programs that hold memory of the GPUs, for a person; those of other containers have no name here."""
+    query = ["--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader,nounits"]
+    rows = [line.split(",") for line in run(["nvidia-smi", f"--id={gpus}", *query])[1].splitlines()]
+    named = [f"{row[1].strip()}, process {row[0].strip()}, {row[2].strip()} MiB" for row in rows if len(row) == 3]
+    return "; ".join(named) or "nvidia-smi names nothing"
+
+
 def wait_for_gpus(
     gpus: str,
     utilization: float,
@@ -208,7 +216,7 @@ def wait_for_gpus(
             free, want = short[0]
             raise NotReady(
                 f"a GPU of {gpus} has {free} MiB free and gpu-memory-utilization {utilization} wants {want} MiB: "
-                "end what else runs there (nvidia-smi names it), or lower gpu-memory-utilization"
+                f"end what else runs there ({holders(gpus, run)}), or lower gpu-memory-utilization"
             )
         pause(1.0)
 

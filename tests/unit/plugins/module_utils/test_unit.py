@@ -185,11 +185,18 @@ def test_memory_that_is_given_back_late_is_waited_for():
 
 def test_memory_that_is_not_given_back_is_told_with_figures():
     with pytest.raises(NotReady) as refusal:
-        _unit.wait_for_gpus(GPU, 0.85, FakeNvidiaSmi(BUSY), pause=pytest.fail, seconds=0)
+        _unit.wait_for_gpus(
+            GPU, 0.85, FakeNvidiaSmi(BUSY, "4711, /usr/bin/python3, 81000\n"), pause=pytest.fail, seconds=0
+        )
     assert str(refusal.value) == (
         f"a GPU of {GPU} has 14121 MiB free and gpu-memory-utilization 0.85 wants 80951 MiB: "
-        "end what else runs there (nvidia-smi names it), or lower gpu-memory-utilization"
+        "end what else runs there (/usr/bin/python3, process 4711, 81000 MiB), or lower gpu-memory-utilization"
     )
+
+
+def test_memory_that_nobody_visible_holds_is_told_as_such():
+    with pytest.raises(NotReady, match=r"end what else runs there \(nvidia-smi names nothing\)"):
+        _unit.wait_for_gpus(GPU, 0.85, FakeNvidiaSmi(BUSY, ""), pause=pytest.fail, seconds=0)
 
 
 def test_a_driver_that_does_not_answer_is_quoted():
