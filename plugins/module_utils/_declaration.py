@@ -343,19 +343,17 @@ class _Resolver:
             self.refuse(f"{where}.gpus", gpus, f"{name} runs on {product} GPU(s) ({formula} parallel): declare as many")
 
     def unique(self, instances: list[Instance | None]) -> None:
-        """Names, ports and GPUs belong to one instance each."""
+        """Names and ports belong to one instance each. Whether a GPU carries several is for the memory plan."""
         seen: dict[tuple[str, Any], str] = {}
         for number, instance in enumerate(instances):
             if instance is None:
                 continue
             where = f"vllm_instances[{number}]"
             claims: list[tuple[str, Any]] = [("name", instance.name), ("port", instance.port)]
-            claims += [("gpus", gpu) for gpu in instance.gpus]
             for key, value in claims:
                 other = seen.setdefault((key, value), where)
                 if other != where:
-                    what = "GPU" if key == "gpus" else key
-                    self.refuse(f"{where}.{key}", value, f"{other} has this {what}: each instance needs its own")
+                    self.refuse(f"{where}.{key}", value, f"{other} has this {key}: each instance needs its own")
             if len(set(instance.gpus)) != len(instance.gpus):
                 self.refuse(f"{where}.gpus", instance.gpus, "a GPU is named twice")
 

@@ -49,7 +49,8 @@ def unit_of(cgroup: str) -> str:
     return match.group(1) if match else ""
 
 
-def _read(path: str) -> str:
+def read_text(path: str) -> str:
+    """The text of a file, or nothing where it cannot be read."""
     try:
         with open(path, encoding="utf-8", errors="replace") as stream:
             return stream.read()
@@ -73,14 +74,14 @@ def listeners(ports: Iterable[int], proc: str = "/proc") -> list[Listener]:
     ports = set(ports)
     sockets: dict[str, tuple[int, int]] = {}
     for table in ("tcp", "tcp6"):
-        for inode, (port, uid) in listening_sockets(_read(f"{proc}/net/{table}")).items():
+        for inode, (port, uid) in listening_sockets(read_text(f"{proc}/net/{table}")).items():
             if port in ports:
                 sockets[f"socket:[{inode}]"] = (port, uid)
     found = {port: Listener(port, uid) for port, uid in sockets.values()}
     for pid in filter(str.isdigit, os.listdir(proc)) if sockets else ():
         for port, uid in {sockets[link] for link in _links(f"{proc}/{pid}/fd") if link in sockets}:
-            unit = unit_of(_read(f"{proc}/{pid}/cgroup"))
-            found[port] = Listener(port, uid, _read(f"{proc}/{pid}/comm").strip(), int(pid), unit)
+            unit = unit_of(read_text(f"{proc}/{pid}/cgroup"))
+            found[port] = Listener(port, uid, read_text(f"{proc}/{pid}/comm").strip(), int(pid), unit)
     return [found[port] for port in sorted(found)]
 
 
@@ -141,30 +142,12 @@ def space_complaints(
     return complaints
 
 
-def parse_gpus(csv: str) -> dict[int, str]:
-    """Index to UUID, from ``nvidia-smi --query-gpu=index,uuid --format=csv,noheader``."""
-    pairs = (line.split(",") for line in csv.splitlines() if line.count(",") == 1)
-    return {int(index): uuid.strip() for index, uuid in pairs if index.strip().isdigit()}
-
-
-def gpus(run: Runner) -> tuple[dict[int, str], str]:
-    """The host's GPUs (index to UUID), and why they cannot be told where that is so."""
-    try:
-        rc, out, err = run(["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"])
-    except FileNotFoundError:
-        return {}, "nvidia-smi is not there: install the NVIDIA driver"
-    if rc != 0:
-        return {}, f"nvidia-smi failed with status {rc}: {(out + err).strip()}"
-    return parse_gpus(out), ""
-
-
 def match_gpus(
     declared: Mapping[str, Iterable[int | str]], present: Mapping[int, str]
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """UUIDs of each instance's GPUs, and a sentence for each that the host does not have, or has twice."""
+    """UUIDs of each instance's GPUs, and a sentence for each that the host does not have."""
     result: dict[str, list[str]] = {}
     errors: list[str] = []
-    owner: dict[str, str] = {}
     have = ", ".join(f"{index} ({uuid})" for index, uuid in sorted(present.items())) or "none"
     for name, wanted in declared.items():
         result[name] = []
@@ -172,10 +155,7 @@ def match_gpus(
             uuid = present.get(gpu) if isinstance(gpu, int) else (gpu if gpu in present.values() else None)
             if uuid is None:
                 errors.append(f"GPU {gpu} of instance {name} is not there: the host has {have}")
-            elif uuid in owner:
-                errors.append(f"GPU {gpu} of instance {name} is {uuid}, which instance {owner[uuid]} has already")
             else:
-                owner[uuid] = name
                 result[name].append(uuid)
     return result, errors
 

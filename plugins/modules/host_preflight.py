@@ -45,6 +45,22 @@ options:
     description: The checkpoint as M(nvl.vllm.declaration) returns it. Where its directory is there, no space is needed.
     type: dict
     default: {}
+  timeout:
+    description: Longest time (s) that one call of nvidia-smi may take.
+    type: float
+    default: 20
+  min_driver:
+    description: Oldest driver that the declared vLLM runs on; empty for no such check.
+    type: str
+    default: ""
+  severities:
+    description: Severity by rule (V(error), V(warning), V(note), V(ignore)), as M(nvl.vllm.gpu_info) takes it.
+    type: dict
+    default: {}
+  fail:
+    description: Whether findings fail the module. Otherwise they are only returned.
+    type: bool
+    default: true
 attributes:
   check_mode:
     support: full
@@ -70,11 +86,30 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+errors:
+  description: What does not fit, one sentence each, without the host's name.
+  returned: always
+  type: list
+  elements: str
 gpus:
   description: UUIDs of each instance's GPUs, by name of the instance.
   returned: always
   type: dict
   sample: {"primary": ["GPU-8a6f1c0e-0000-0000-0000-000000000000"]}
+findings:
+  description: What is not as it should be about the GPUs, as M(nvl.vllm.gpu_info) returns it.
+  returned: always
+  type: list
+  elements: dict
+devices:
+  description: GPUs, or the host's memory, as M(nvl.vllm.gpu_memory) takes them.
+  returned: always
+  type: list
+  elements: dict
+checkpoint:
+  description: C(config) and C(weight_bytes) of the checkpoint; empty where it is not there yet.
+  returned: always
+  type: dict
 gpu_problem:
   description: Why the host's GPUs could not be listed; in check mode on a bare host no error.
   returned: always
@@ -86,9 +121,16 @@ import platform
 import pwd
 import shutil
 import socket
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.nvl.vllm.plugins.module_utils import _host
+from ansible_collections.nvl.vllm.plugins.module_utils import _gpu_health, _gpu_info, _host
+from ansible_collections.nvl.vllm.plugins.module_utils._plan_inputs import (
+    LIMITS,
+    checkpoint_facts,
+    gpu_devices,
+    memory_device,
+)
 from ansible_collections.nvl.vllm.plugins.module_utils._venv import read_marker
 
 
@@ -109,12 +151,19 @@ def main():
             "release": {"type": "path", "required": True},
             "required_space": {"type": "int", "required": True},
             "model": {"type": "dict", "default": {}},
+            "timeout": {"type": "float", "default": 20.0},
+            "min_driver": {"type": "str", "default": ""},
+            "severities": {"type": "dict", "default": {}},
+            "fail": {"type": "bool", "default": True},
         },
         supports_check_mode=True,
     )
     params = module.params
     instances = params["instances"]
     errors = []
+    complaints = _gpu_health.severity_complaints(params["severities"])
+    if complaints:
+        module.fail_json(msg="\n".join(complaints))
 
     if shutil.which("dpkg-query") is None:
         errors.append("this is no Debian or Ubuntu, the distributions that this collection knows")
@@ -151,20 +200,33 @@ def main():
         own_uid = None
     errors += _host.foreign_listeners({instance["name"]: instance["port"] for instance in instances}, own_uid)
 
-    gpus: dict[str, list[str]] = {}
-    problem = ""
+    result: dict[str, Any] = {"gpus": {}, "gpu_problem": "", "findings": [], "devices": []}
     if params["device"] == "cuda":
-        present, problem = _host.gpus(run)
-        if not problem:
-            gpus, missing = _host.match_gpus({i["name"]: i["gpus"] for i in instances}, present)
+        facts = _gpu_info.read(timeout=params["timeout"])
+        own_uids = [] if own_uid is None else [own_uid]
+        wanted = _gpu_health.Wanted(min_driver=params["min_driver"], own_uids=own_uids)
+        findings = _gpu_health.findings(facts, wanted, params["severities"])
+        if facts.problem and module.check_mode:
+            # A bare host is to be looked at before it has a driver.
+            findings = [finding for finding in findings if finding.rule != "driver_unavailable"]
+        present = {gpu.index: gpu.uuid for gpu in facts.gpus if gpu.index is not None and gpu.uuid}
+        if not facts.problem:
+            result["gpus"], missing = _host.match_gpus({i["name"]: i["gpus"] for i in instances}, present)
             errors += missing
-        elif not module.check_mode:
-            errors.append(problem)
+            # Without its GPUs there is nothing to plan.
+            result["devices"] = [] if missing else gpu_devices(facts.gpus, own_uids)
+        errors += [finding.sentence for finding in findings if finding.severity == "error"]
+        result["gpu_problem"] = facts.problem
+        result["findings"] = [finding._asdict() for finding in findings]
+    else:
+        texts = [_host.read_text(path) for path in LIMITS]
+        result["devices"] = [memory_device(_host.read_text("/proc/meminfo"), texts)]
+    result["checkpoint"] = checkpoint_facts(model["path"]) if model else {}
 
-    if errors:
+    if errors and params["fail"]:
         host = socket.gethostname()
-        module.fail_json(msg="\n".join(f"{host}: {error}" for error in errors), errors=errors)
-    module.exit_json(changed=False, gpus=gpus, gpu_problem=problem)
+        module.fail_json(msg="\n".join(f"{host}: {error}" for error in errors), errors=errors, **result)
+    module.exit_json(changed=False, errors=errors, **result)
 
 
 if __name__ == "__main__":

@@ -206,17 +206,17 @@ def test_an_argument_in_two_spellings_is_refused():
             "vllm_instances[1].port is 8001: vllm_instances[0] has this port: each instance needs its own",
         ),
         (
-            {"name": "secondary", "port": 8002, "gpus": [0]},
-            "vllm_instances[1].gpus is 0: vllm_instances[0] has this GPU: each instance needs its own",
-        ),
-        (
             {"name": "secondary", "port": 8002, "gpus": [1, 1]},
             "vllm_instances[1].gpus is [1, 1]: a GPU is named twice",
         ),
     ],
 )
-def test_names_ports_and_gpus_belong_to_one_instance(second, error):
+def test_names_and_ports_belong_to_one_instance(second, error):
     assert errors(instances=[PAIR[0], second]) == [error]
+
+
+def test_whether_a_gpu_carries_two_instances_is_for_the_memory_plan():
+    assert len(instances(instances=[PAIR[0], {**PAIR[1], "gpus": [0]}])) == 2
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 from ansible_collections.nvl.vllm.plugins.module_utils._venv import write_marker
 from ansible_collections.nvl.vllm.plugins.modules import host_preflight
 
 FIRST, SECOND = "GPU-5d1c1f36-9b2f-4a45-8c0a-3f1e6f0a0001", "GPU-5d1c1f36-9b2f-4a45-8c0a-3f1e6f0a0002"
+FAKES = Path(__file__).parents[3] / "fakes"
 UNKNOWN_USER = "no-such-user-here"
 
 
@@ -52,7 +54,8 @@ def preflight(tmp_path, monkeypatch, run_module, free_ports):
         return run_module(host_preflight.main, check_mode=check_mode, **{**options, **changes})
 
     program("dpkg-query", "exit 0")
-    program("nvidia-smi", f"echo '0, {FIRST}'\necho '1, {SECOND}'")
+    program("nvidia-smi", f'exec {sys.executable} {FAKES}/nvidia-smi "$@"')
+    monkeypatch.setenv("NVIDIA_SMI_STATE", "idle")
     run.program, run.folder = program, tmp_path
     return run
 

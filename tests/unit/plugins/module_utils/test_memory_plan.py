@@ -1,0 +1,415 @@
+"""The plan of a host: what it says of engines that fit, nearly fit, waste memory, or do not fit."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import pytest
+from ansible_collections.nvl.vllm.plugins.module_utils import _memory_plan as planning
+from ansible_collections.nvl.vllm.plugins.module_utils._kv_cache import KvCacheError
+from ansible_collections.nvl.vllm.plugins.module_utils._model_facts import built_in, from_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+GPT_OSS = built_in("gpt-oss-120b")
+NVL = planning.device_by_name("NVIDIA H100 NVL")
+H100 = planning.device_by_name("NVIDIA H100 80GB HBM3")
+#: The arguments of the guide for H100 NVL.
+GUIDE = {
+    "gpu-memory-utilization": 0.85,
+    "max-model-len": 4096,
+    "max-num-seqs": 8,
+    "max-num-batched-tokens": 8192,
+    "tensor-parallel-size": 1,
+}
+QWEN3_8B = from_config(
+    {
+        "model_type": "qwen3",
+        "num_hidden_layers": 36,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 12288,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+    },
+    16_381_470_720,
+)
+
+
+def gpus(count, device=NVL):
+    return tuple(replace(device, index=index, uuid=f"GPU-{index}") for index in range(count))
+
+
+def pair(places, arguments=GUIDE):
+    names = ("primary", "secondary")
+    return tuple(planning.Wanted(name, (gpu,), arguments) for name, gpu in zip(names, places, strict=True))
+
+
+def one(arguments, device=NVL, model=GPT_OSS, **changes):
+    wanted = planning.Wanted("primary", tuple(changes.pop("gpus", (0,))), arguments)
+    devices = changes.pop("devices", (device,))
+    return planning.plan(planning.Host(devices, model, (wanted,), **changes))
+
+
+def parts(device):
+    return device.weights_gib + device.overhead_gib + device.kv_gib + device.foreign_gib + device.free_gib
+
+
+# The guide
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("utilization", [0.85, 0.90])
+def test_the_guides_pair_on_one_gpu_is_refused(count, utilization):
+    arguments = {**GUIDE, "gpu-memory-utilization": utilization}
+    plan = planning.plan(planning.Host(gpus(count), GPT_OSS, pair((0, 0), arguments)))
+    assert not plan.fits
+    text = "\n".join(plan.errors)
+    assert "primary and secondary share GPU 0 (NVIDIA H100 NVL, 93.10 GiB)" in text
+    assert "their weights are 61.4 + 61.4 = 122.9 GiB, which alone is more than the GPU has" in text
+    if count == 2:
+        assert "declare one GPU for each, such as primary on GPU 0, secondary on GPU 1" in text
+        assert "give secondary a GPU of its own (GPU 1 is free)" in text
+    else:
+        assert "declare one GPU for each (2 GPUs such as this one), or one instance on this GPU" in text
+
+
+def test_the_guides_pair_on_two_gpus_fits_and_leaves_memory_idle():
+    plan = planning.plan(planning.Host(gpus(2), GPT_OSS, pair((0, 1))))
+    assert plan.fits
+    assert [instance.verdict for instance in plan.instances] == ["wasteful"] * 2
+    instance = plan.instances[0]
+    assert "max-num-seqs 8 requests of max-model-len 4096 use at most 2.3 GiB" in instance.sentences[0]
+    assert instance.recommended_max_num_seqs > 30
+    assert instance.largest_max_model_len == 131072
+
+
+def test_the_recommendation_is_no_longer_wasteful():
+    first = one(GUIDE).instances[0]
+    again = one({**GUIDE, "max-num-seqs": first.recommended_max_num_seqs}).instances[0]
+    assert again.verdict == "fits"
+
+
+# One engine
+
+
+def test_what_does_not_fit_names_changes_that_do():
+    plan = one({"max-model-len": "128K", "gpu-memory-utilization": 0.72})
+    (instance,) = plan.instances
+    assert instance.verdict == "does not fit"
+    assert "needs 5.07 GiB of KV cache for one request of max-model-len 131072 on GPU 0" in plan.errors[0]
+    for change in instance.changes:
+        arguments = {key: value for key, value in change.items() if key != "text"}
+        ranks = arguments.get("tensor-parallel-size", 1)
+        wanted = {"max-model-len": "128K", "gpu-memory-utilization": 0.72, **arguments}
+        assert one(wanted, devices=gpus(ranks), gpus=range(ranks)).instances[0].verdict in ("fits", "wasteful")
+    assert {key for change in instance.changes for key in change} >= {
+        "max-model-len",
+        "gpu-memory-utilization",
+        "tensor-parallel-size",
+    }
+
+
+def test_a_card_that_is_too_small_for_the_weights():
+    plan = one({}, planning.device_by_name("NVIDIA L40S"))
+    assert not plan.fits
+    assert plan.instances[0].budget.kv_gib < 0
+    assert "run it on 2 GPUs such as this with tensor-parallel-size 2" in plan.errors[0]
+
+
+def test_between_low_and_expected_it_is_tight():
+    mine = one({"max-model-len": 4096}).instances[0].budget
+    # The utilization at which half of the uncertainty is left.
+    half = 0.92 - (mine.kv_gib - (mine.kv_gib - mine.kv_low_gib) / 2 - 0.32) / NVL.total_gib
+    plan = one({"max-model-len": 4096, "gpu-memory-utilization": round(half, 3)})
+    assert plan.fits
+    assert plan.instances[0].verdict == "tight"
+    assert plan.warnings == plan.instances[0].sentences
+
+
+def test_auto_takes_the_largest_length():
+    instance = one({"max-model-len": "auto", "gpu-memory-utilization": 0.75}).instances[0]
+    assert instance.max_model_len == instance.largest_max_model_len
+    assert instance.max_model_len > 1
+
+
+def test_graphs_outside_the_budget_up_to_0_20():
+    arguments = {"gpu-memory-utilization": 0.99, "max-model-len": 4096}
+    old = one(arguments, H100, QWEN3_8B, version="0.19.0")
+    assert "captures CUDA graphs of about" in old.errors[0] or "are free" in old.errors[0]
+    budgets = [one({}, H100, QWEN3_8B, version=v).instances[0].budget for v in ("0.20.1", "0.21.0")]
+    assert [mine.graphs_inside for mine in budgets] == [False, True]
+    eager = one({"enforce-eager": True}, H100, QWEN3_8B).instances[0].budget
+    assert eager.graphs == planning.Term(0.0, 0.0, "exact")
+
+
+def test_bytes_override_utilization():
+    instance = one({"kv-cache-memory-bytes": "4G", "gpu-memory-utilization": 0.1, "max-model-len": 4096}).instances[0]
+    assert instance.budget.kv_low_gib == instance.budget.kv_gib == instance.budget.kv_high_gib == 4
+    assert instance.verdict == "fits"
+
+
+def test_the_version_changes_the_weights():
+    loaded = [
+        planning.estimate_weights(GPT_OSS, planning.settings_of({}, GPT_OSS, H100), H100, version).gib
+        for version in ((0, 10, 1), (0, 14, 1), (0, 29, 0))
+    ]
+    assert loaded == pytest.approx([65.97, 64.38, 61.43], abs=0.12)
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("32k", 32000), ("32K", 32768), ("1.5k", 1500), ("auto", -1), (4096, 4096), ("2G", 2**31)]
+)
+def test_whole_numbers(value, expected):
+    assert planning.whole_number(value, "max-model-len") == expected
+
+
+@pytest.mark.parametrize("value", ["many", "1.5K", True, "32kk"])
+def test_no_whole_numbers(value):
+    with pytest.raises(planning.MemoryPlanError, match=r"max-model-len is .*: wanted a whole number"):
+        planning.whole_number(value, "max-model-len")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0.19.1rc1", (0, 19, 1)),
+        ("v0.32.0", (0, 32, 0)),
+        ("0.10.1.1", (0, 10, 1)),
+        ("nightly", (0, 32, 0)),
+        ("0.1.dev20051+g4", (0, 32, 0)),
+    ],
+)
+def test_versions(text, expected):
+    assert planning.parse_version(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("H100 NVL", (8192, 1024)), ("A100 80GB", (2048, 256)), ("RTX 4090", (2048, 256)), ("B200", (16384, 1024))],
+)
+def test_defaults_by_gpu(name, expected):
+    settings = planning.settings_of({}, GPT_OSS, planning.device_by_name(name))
+    assert (settings.max_num_batched_tokens, settings.max_num_seqs) == expected
+
+
+def test_defaults_by_version():
+    found = [planning.settings_of({}, GPT_OSS, NVL, version) for version in ((0, 13, 0), (0, 20, 0), (0, 32, 0))]
+    assert [settings.gpu_memory_utilization for settings in found] == [0.90, 0.90, 0.92]
+    assert [settings.kv.concurrent_batches for settings in found] == [1, 1, 2]
+    assert planning.settings_of({"no-async-scheduling": True}, GPT_OSS, NVL).kv.concurrent_batches == 1
+    assert planning.settings_of({"async-scheduling": False}, GPT_OSS, NVL).kv.concurrent_batches == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gpu-memory-utilization": 85}, "gpu-memory-utilization is 85: wanted a number above 0, at most 1"),
+        ({"max-model-len": "long"}, "primary: max-model-len is 'long': wanted a whole number"),
+        ({"kv-cache-dtype": "fp7"}, "primary: kv-cache-dtype is 'fp7': wanted auto or one of"),
+        ({"tensor-parallel-size": 2}, "tensor 2 x pipeline 1 x data 1 parallel is 2 GPU(s), and 1 are declared"),
+        ({"max-num-seqs": 0}, "must be 1 or more"),
+    ],
+)
+def test_arguments_that_cannot_be_planned_with(arguments, message):
+    plan = one(arguments)
+    assert not plan.fits
+    assert len(plan.errors) == 1
+    assert message in plan.errors[0]
+
+
+# Devices
+
+
+def test_a_gpu_that_is_not_there():
+    plan = planning.plan(planning.Host(gpus(1), GPT_OSS, pair((0, 1))))
+    assert plan.errors == ["secondary wants GPU 1: the host has 0 (NVIDIA H100 NVL); change the instance's gpus"]
+
+
+def test_gpus_by_uuid():
+    plan = planning.plan(planning.Host(gpus(2), GPT_OSS, pair(("GPU-1", "GPU-0"))))
+    assert [instance.devices for instance in plan.instances] == [[1], [0]]
+
+
+def test_memory_of_other_programs_is_named():
+    busy = replace(NVL, processes=(planning.Process("python3", 4711, 20480),))
+    plan = one(GUIDE, busy)
+    assert "72.60 GiB are free beside python3 (4711) 20480 MiB once its CUDA context of 0.5 GiB" in plan.errors[0]
+    assert ": end python3 (4711); or " in plan.errors[0]
+    assert plan.devices[0].foreign_gib == 20
+
+
+def test_free_memory_counts_where_no_program_is_named():
+    busy = replace(NVL, free_mib=50 * 1024)
+    assert busy.foreign_gib == pytest.approx(43.10)
+    assert not one(GUIDE, busy).fits
+
+
+def test_an_engine_of_the_plan_that_runs_already_is_not_in_its_own_way():
+    running = replace(NVL, free_mib=15000, processes=(planning.Process("VLLM::EngineCore", 1, 80300, own=True),))
+    assert running.foreign_gib < 0.1
+    assert one(GUIDE, running).fits
+    assert not one(GUIDE, replace(running, processes=())).fits
+
+
+def test_totals():
+    assert NVL.total_gib == 93.10
+    assert planning.Device(0, "anything", 95830, reserved_mib=497).total_gib == (95830 - 497) / 1024
+    with pytest.raises(planning.MemoryPlanError, match="not known"):
+        planning.device_by_name("Voodoo 2")
+
+
+def test_two_small_engines_share_a_gpu():
+    plan = planning.plan(planning.Host(gpus(1), QWEN3_8B, pair((0, 0), {"gpu-memory-utilization": 0.4})))
+    assert plan.fits
+    assert parts(plan.devices[0]) == pytest.approx(93.10)
+    assert plan.devices[0].instances == ["primary", "secondary"]
+    assert plan.devices[0].free_gib > 0
+
+
+# Calibration
+
+
+def test_what_was_measured_replaces_estimates_and_narrows_them():
+    before = one(GUIDE).instances[0]
+    measured = planning.Calibration(61.43, 2.16, 1.17, 0.15)
+    after = one(GUIDE, calibration=measured).instances[0]
+    assert (before.calibrated, after.calibrated) == (False, True)
+    assert after.budget.weights == planning.Term(61.43, 0.1, "measured")
+    assert after.budget.kv_gib == pytest.approx(math.ceil(93.10 * 2**30 * 0.85) / 2**30 - 61.43 - 2.16 - 1.17 - 0.15)
+    assert (
+        after.budget.kv_high_gib - after.budget.kv_low_gib < (before.budget.kv_high_gib - before.budget.kv_low_gib) / 3
+    )
+
+
+def test_measured_kv_moves_with_utilization():
+    measured = planning.Calibration(available_kv_gib=14.0, gpu_memory_utilization=0.85)
+    plan = one({**GUIDE, "gpu-memory-utilization": 0.90}, calibration=measured)
+    assert plan.instances[0].budget.kv_gib == pytest.approx(14.0 + 0.05 * 93.10)
+    assert parts(plan.devices[0]) == pytest.approx(93.10)
+
+
+# CPU
+
+
+def cpu(arguments, mib=4096, environment=None):
+    wanted = planning.Wanted("primary", (), arguments, environment or {})
+    small = from_config(
+        {
+            "model_type": "gpt_oss",
+            "num_hidden_layers": 4,
+            "hidden_size": 64,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "intermediate_size": 64,
+            "vocab_size": 201088,
+            "sliding_window": 128,
+            "max_position_embeddings": 131072,
+        },
+        53_000_000,
+    )
+    device = planning.Device(0, "RAM", mib, reserved_mib=0, free_mib=mib)
+    return planning.plan(
+        planning.Host((replace(device, reserved_mib=1, total_mib=mib + 1),), small, (wanted,), device="cpu")
+    )
+
+
+def test_the_cpus_kv_cache():
+    plan = cpu({"kv-cache-memory-bytes": 128 * 2**20, "max-model-len": 8192, "max-num-batched-tokens": 4096})
+    assert plan.fits
+    assert plan.instances[0].kv_tokens == 21_399
+    assert plan.instances[0].budget.graphs.gib == 0
+
+
+def test_the_variable_wins_and_counts_gib():
+    plan = cpu({"kv-cache-memory-bytes": 1, "max-model-len": 8192}, environment={"VLLM_CPU_KVCACHE_SPACE": "1"})
+    assert plan.instances[0].budget.kv_gib == 1
+    assert not cpu({"max-model-len": 8192}, environment={"VLLM_CPU_KVCACHE_SPACE": "40"}).fits
+    assert "the host's memory" in cpu({}, 4096, {"VLLM_CPU_KVCACHE_SPACE": "40"}).errors[0]
+
+
+# Everywhere
+
+
+def test_a_plan_is_json():
+    plan = planning.plan(planning.Host(gpus(2), GPT_OSS, pair((0, 0))))
+    assert json.loads(json.dumps(asdict(plan)))["fits"] is False
+
+
+def test_a_model_of_unknown_size_is_refused():
+    nothing = replace(QWEN3_8B, weight_bytes=0, intermediate_size=0)
+    with pytest.raises(planning.MemoryPlanError, match="give weight_bytes"):
+        one({}, model=nothing)
+
+
+def test_layers_that_cannot_share_are_refused_with_a_sentence():
+    with pytest.raises(KvCacheError):
+        planning.layout(
+            GPT_OSS,
+            replace(
+                planning.settings_of({}, GPT_OSS, NVL),
+                kv=replace(planning.settings_of({}, GPT_OSS, NVL).kv, cache_dtype="odd"),
+            ),
+        )
+
+
+ARGUMENTS = st.fixed_dictionaries(
+    {
+        "gpu-memory-utilization": st.floats(0.05, 1.0),
+        "max-model-len": st.integers(1, 131072),
+        "max-num-seqs": st.integers(1, 2048),
+        "max-num-batched-tokens": st.integers(1, 65536),
+        "enforce-eager": st.booleans(),
+    }
+)
+VERSIONS = st.sampled_from(["0.8.5", "0.10.1", "0.16.0", "0.19.0", "0.21.0", "0.32.0", "0.33.0"])
+MODELS = st.sampled_from([GPT_OSS, QWEN3_8B, built_in("gpt-oss-20b")])
+DEVICES = st.sampled_from([NVL, H100, *(planning.device_by_name(name) for name in ("A100 80GB", "L4", "H200"))])
+
+
+@given(ARGUMENTS, VERSIONS, MODELS, DEVICES, st.floats(0, 30000))
+def test_parts_sum_to_the_total_and_low_is_below_high(arguments, version, model, device, held):
+    busy = replace(device, processes=(planning.Process("other", 1, held),))
+    plan = one(arguments, busy, model, version=version)
+    (found,) = plan.devices
+    assert parts(found) == pytest.approx(found.total_gib)
+    (instance,) = plan.instances
+    mine = instance.budget
+    assert mine.kv_low_gib <= mine.kv_gib <= mine.kv_high_gib
+    assert instance.kv_tokens_low <= instance.kv_tokens
+    assert plan.fits == (instance.verdict != "does not fit")
+    assert bool(instance.sentences) == (instance.verdict != "fits")
+    if instance.verdict != "does not fit":
+        assert found.free_gib > -1e-6
+
+
+@given(ARGUMENTS, VERSIONS, MODELS, st.integers(20000, 150000), st.integers(0, 50000))
+def test_more_memory_never_yields_fewer_tokens(arguments, version, model, mib, more):
+    sizes = (mib, mib + more)
+    plans = [one(arguments, planning.Device(0, "", size, reserved_mib=1), model, version=version) for size in sizes]
+    small, large = (plan.instances[0] for plan in plans)
+    assert small.kv_tokens <= large.kv_tokens
+    assert small.largest_max_model_len <= large.largest_max_model_len
+
+
+@given(
+    ARGUMENTS,
+    VERSIONS,
+    MODELS,
+    DEVICES,
+    st.sampled_from(["max-num-seqs", "max-num-batched-tokens"]),
+    st.integers(1, 4096),
+)
+def test_more_sequences_or_tokens_never_yield_more_memory(arguments, version, model, device, name, more):
+    larger = {**arguments, name: arguments[name] + more}
+    less, same = (one(given, device, model, version=version).instances[0].budget for given in (larger, arguments))
+    assert less.kv_gib <= same.kv_gib + 1e-9
+    assert less.kv_low_gib <= same.kv_low_gib + 1e-9
