@@ -69,7 +69,7 @@ class MemoryPlanError(ValueError):
 
 @dataclass(frozen=True)
 class Process:
-    """A program that holds memory (MiB) of a GPU. ``own``: an engine of the plan that runs already, so not in the way."""
+    """A program that holds memory (MiB) of a GPU. ``own``: an engine of the plan that runs already."""
 
     name: str
     pid: int
@@ -758,6 +758,12 @@ class _Planner:
                 f"{wanted.name} wants {mine.requested_gib:.2f} GiB of {where}, where {shortage.available:.2f} GiB "
                 f"are free{' beside ' + by if by else ''}{own}"
             )
+        elif cache.groups and mine.kv_gib <= 0:
+            problem = (
+                f"{wanted.name} has no memory left for a KV cache on {where}: of its budget of {mine.requested_gib:.2f} "
+                f"GiB the weights take {mine.weights.gib:.2f} and overhead "
+                f"{mine.requested_gib - mine.kv_gib - mine.weights.gib:.2f}"
+            )
         elif not cache.can_start(mine.kv_gib * GIB, length):
             need = cache.needed_bytes(length) / GIB
             have = f"{mine.kv_gib:.2f} GiB (± {mine.kv_gib - mine.kv_low_gib:.2f})"
@@ -854,6 +860,12 @@ class _Planner:
                         {"gpu-memory-utilization": step, "text": f"set gpu-memory-utilization to {step:.2f}"}
                     )
                     break
+        else:
+            sizes = range(settings.kv_cache_memory_bytes * 16 // GIB, 0, -1)
+            size = next((n * GIB // 16 for n in sizes if fits({"kv-cache-memory-bytes": n * GIB // 16})), 0)
+            if 0 < size < settings.kv_cache_memory_bytes and not self.cpu:
+                text = f"set kv-cache-memory-bytes to {size} ({size / GIB:.2f} GiB)"
+                changes.append({"kv-cache-memory-bytes": size, "text": text})
         newer = not self.cpu and device.generation in ("hopper", "ada", "blackwell")
         if settings.kv.cache_dtype == "auto" and newer and fits({"kv-cache-dtype": "fp8"}):
             changes.append({"kv-cache-dtype": "fp8", "text": "set kv-cache-dtype to fp8"})

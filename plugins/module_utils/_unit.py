@@ -36,6 +36,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from ._calibration import CALIBRATION, keep, parse, settings
 from ._health import Look, pause_for, wait_until
 from ._host import Runner
 from ._http import Endpoint
@@ -59,6 +60,7 @@ class Paths:
     state: str = STATE
     config: str = CONFIG
     units: str = UNITS
+    calibration: str = CALIBRATION
 
 
 def fingerprint(name: str, root: str, model_path: str, paths: Paths = Paths()) -> str:
@@ -286,6 +288,19 @@ class Helper:
         write_state(self.name, dict(read_state(self.name, self.paths), failed_starts=0), self.paths)
         self.turn.give()
         self.say(probe.reason)
+        if self.environment.get("CUDA_VISIBLE_DEVICES"):
+            self.measured()
+
+    def measured(self) -> None:
+        """Keep what vLLM measured at this start, for the next memory plan."""
+        unit = f"_SYSTEMD_INVOCATION_ID={self.environment['INVOCATION_ID']}"
+        figures = parse(self.run(["journalctl", "--no-pager", "--output=cat", unit])[1])
+        if figures:
+            with open(f"{self.paths.config}/{self.name}.yaml", encoding="utf-8") as stream:
+                configuration = stream.read()
+            state = read_state(self.name, self.paths)
+            started_from = {"release": state.get("release"), "model": state.get("model")}
+            keep(self.name, figures, {**started_from, "settings": settings(configuration)}, self.paths.calibration)
 
     def stopped(self) -> None:
         self.turn.give()

@@ -110,6 +110,10 @@ checkpoint:
   description: C(config) and C(weight_bytes) of the checkpoint; empty where it is not there yet.
   returned: always
   type: dict
+calibration:
+  description: What vLLM measured here with this release, checkpoint and arguments, as M(nvl.vllm.gpu_memory) takes it.
+  returned: always
+  type: dict
 gpu_problem:
   description: Why the host's GPUs could not be listed; in check mode on a bare host no error.
   returned: always
@@ -125,6 +129,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.nvl.vllm.plugins.module_utils import _gpu_health, _gpu_info, _host
+from ansible_collections.nvl.vllm.plugins.module_utils._calibration import host_figures
 from ansible_collections.nvl.vllm.plugins.module_utils._plan_inputs import (
     LIMITS,
     checkpoint_facts,
@@ -222,6 +227,7 @@ def main():
         texts = [_host.read_text(path) for path in LIMITS]
         result["devices"] = [memory_device(_host.read_text("/proc/meminfo"), texts)]
     result["checkpoint"] = checkpoint_facts(model["path"]) if model else {}
+    result["calibration"] = host_figures(instances, params["release"], model["path"]) if model else {}
 
     if errors and params["fail"]:
         host = socket.gethostname()

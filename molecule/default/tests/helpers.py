@@ -53,6 +53,31 @@ def playbook(path: str, *arguments: str, **variables: Any) -> subprocess.Complet
     )
 
 
+def playbook_json(path: str, **variables: Any) -> dict[str, Any]:
+    """What a playbook's modules returned, as Ansible's JSON callback has it. It must succeed."""
+    done = subprocess.run(
+        ["ansible-playbook", "-i", "inventory/molecule", path, "-e", json.dumps(variables)],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+            "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json",
+        },
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=True,
+    )
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def results(output: dict[str, Any], key: str) -> list[Any]:
+    """The values of one key in the results of all tasks."""
+    hosts = [task["hosts"].get("molecule", {}) for play in output["plays"] for task in play["tasks"]]
+    return [result[key] for result in hosts if key in result]
+
+
 def site(*arguments: str, **variables: Any) -> subprocess.CompletedProcess[str]:
     """Run site.yml; tests drill only where they say so."""
     return playbook("site.yml", *arguments, **{"vllm_verify_drill": "never", **variables})

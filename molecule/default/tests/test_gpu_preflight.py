@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers import ROOT, SANDBOX, playbook
+from helpers import ROOT, SANDBOX, playbook, playbook_json, results
 from testinfra.host import Host
 
-JSON_OUTPUT = {"ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json", "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
 pytestmark = pytest.mark.usefixtures("keeps_serving", "nvidia_smi")
 PAIR = [{"name": "primary", "port": 8001, "gpus": [0]}, {"name": "secondary", "port": 8002, "gpus": [1]}]
 #: The guide's deployment. The container's disk is not what is asked about.
@@ -125,16 +122,6 @@ def test_a_host_without_a_driver_is_no_error_in_check_mode(host: Host) -> None:
 
 def test_the_plan_is_in_the_result_for_programs(host: Host) -> None:
     host.run_expect([0], "echo idle >/etc/nvidia-smi-state")
-    done = subprocess.run(
-        ["ansible-playbook", "-i", "inventory/molecule", "playbooks/preflight.yml", "-e", json.dumps(GUIDE)],
-        cwd=ROOT,
-        env={**os.environ, **JSON_OUTPUT},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
-    )
-    tasks = json.loads(done.stdout)["plays"][0]["tasks"]
-    (plan,) = [task["hosts"]["molecule"]["plan"] for task in tasks if "plan" in task["hosts"].get("molecule", {})]
+    (plan,) = results(playbook_json("playbooks/preflight.yml", **GUIDE), "plan")
     assert plan["fits"] is True
     assert [one["verdict"] for one in plan["instances"]] == ["wasteful", "wasteful"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, SANDBOX
+from helpers import PORTS, ROOT, SANDBOX, playbook_json, results
 from testinfra.host import Host
 
 sys.path.insert(0, str(ROOT / ".collections"))
@@ -84,6 +85,19 @@ def started(host: Host, config: dict[str, Any], kv_bytes: int, length: int, batc
     assert lines, run.stdout[-3000:]
     found: dict[str, Any] = json.loads(lines[-1][3:])
     return found
+
+
+def test_the_preflights_plan_is_what_the_running_engines_say(host: Host) -> None:
+    """All the way: from the inventory through the role to the numbers, for the pair that serves."""
+    (plan,) = results(playbook_json("playbooks/preflight.yml"), "plan")
+    for name, port in PORTS.items():
+        metrics = host.check_output(f"curl -sf http://127.0.0.1:{port}/metrics")
+        (line,) = [one for one in metrics.splitlines() if one.startswith("vllm:cache_config_info{")]
+        said = dict(re.findall(r'(\w+)="([^"]*)"', line))
+        (planned,) = [one for one in plan["instances"] if one["name"] == name]
+        assert planned["kv_tokens"] == int(said["kv_cache_size_tokens"])
+        # To the digits of vLLM's log.
+        assert planned["max_concurrency"] == round(float(said["kv_cache_max_concurrency"]), 2)
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)

@@ -7,7 +7,7 @@ import math
 import pytest
 from ansible_collections.nvl.vllm.plugins.module_utils import _kv_cache as kv
 from ansible_collections.nvl.vllm.plugins.module_utils._model_facts import Layer, built_in, from_config
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 GIB, MIB = 2**30, 2**20
@@ -130,6 +130,26 @@ def test_pipeline_parallel_divides_layers():
     assert old.needed_bytes(4096) == 2 * cache.needed_bytes(4096)
 
 
+def test_layers_that_do_not_divide_go_to_the_stages_before_the_last():
+    cache = kv.lay_out(GEMMA, kv.KvOptions(pipeline_parallel=4, hybrid=False))
+    assert kv._stages(7, 4) == [0, 0, 1, 1, 2, 2, 3]
+    assert cache.groups[0].layers == 2
+
+
+@pytest.mark.parametrize(("window", "blocks"), [(1, 32 + 1), (17, 33 + 1), (18, 34 + 1)])
+def test_a_window_needs_its_tokens_less_one_and_what_is_in_flight(window, blocks):
+    facts = from_config({**SMALL, "num_hidden_layers": 2, "sliding_window": window})
+    cache = kv.lay_out(facts, kv.KvOptions(max_num_batched_tokens=256, concurrent_batches=2))
+    assert cache.blocks_per_request(10**6) == blocks
+
+
+def test_a_chunked_layer_keeps_its_chunk_and_what_is_in_flight():
+    facts = from_config({**SMALL, "num_hidden_layers": 4, "attention_chunk_size": 1024})
+    cache = kv.lay_out(facts, kv.KvOptions(max_num_batched_tokens=512))
+    assert cache.blocks_per_request(32768) == 2048 + 3 * 1536 // 16
+    assert cache.blocks_per_request(512) == 4 * 32
+
+
 def test_mla_is_not_divided():
     facts = from_config({**SMALL, "num_hidden_layers": 27, "kv_lora_rank": 512, "qk_rope_head_dim": 64})
     for ranks in (1, 2, 8):
@@ -151,6 +171,7 @@ def test_largest_length_is_the_largest():
     assert cache.largest_length(0, 131072) == 0
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**36), st.integers(0, 2**34), st.integers(1, 200_000), st.sampled_from([LLAMA, GPT_OSS, GEMMA]))
 def test_more_memory_never_yields_fewer_tokens(size, more, length, facts):
     cache = kv.lay_out(facts, kv.KvOptions())
@@ -159,6 +180,7 @@ def test_more_memory_never_yields_fewer_tokens(size, more, length, facts):
     assert cache.can_start(size + more, length) or not cache.can_start(size, length)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 200_000), st.integers(0, 100_000), st.integers(1, 4))
 def test_longer_requests_need_no_less(length, more, batches):
     cache = kv.lay_out(GPT_OSS, kv.KvOptions(concurrent_batches=batches))

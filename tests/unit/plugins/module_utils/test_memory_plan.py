@@ -9,8 +9,15 @@ from dataclasses import asdict, replace
 import pytest
 from ansible_collections.nvl.vllm.plugins.module_utils import _memory_plan as planning
 from ansible_collections.nvl.vllm.plugins.module_utils._kv_cache import KvCacheError
-from ansible_collections.nvl.vllm.plugins.module_utils._model_facts import built_in, from_config
-from hypothesis import given
+from ansible_collections.nvl.vllm.plugins.module_utils._model_facts import (
+    CHUNKED,
+    FULL,
+    LINEAR,
+    Layer,
+    built_in,
+    from_config,
+)
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 GPT_OSS = built_in("gpt-oss-120b")
@@ -121,6 +128,22 @@ def test_a_card_that_is_too_small_for_the_weights():
     assert "run it on 2 GPUs such as this with tensor-parallel-size 2" in plan.errors[0]
 
 
+def test_without_any_room_the_weights_are_named():
+    plan = one({"gpu-memory-utilization": 0.6})
+    assert (
+        "has no memory left for a KV cache on GPU 0 (NVIDIA H100 NVL, 93.10 GiB): of its budget of 55.86"
+        in plan.errors[0]
+    )
+
+
+def test_fewer_bytes_are_offered_where_bytes_were_given():
+    plan = one({"kv-cache-memory-bytes": "40G", "max-model-len": 4096})
+    (change,) = (change for change in plan.instances[0].changes if "kv-cache-memory-bytes" in change)
+    assert f"set kv-cache-memory-bytes to {change['kv-cache-memory-bytes']} (" in plan.errors[0]
+    again = one({"kv-cache-memory-bytes": change["kv-cache-memory-bytes"], "max-model-len": 4096})
+    assert again.fits
+
+
 def test_between_low_and_expected_it_is_tight():
     mine = one({"max-model-len": 4096}).instances[0].budget
     # The utilization at which half of the uncertainty is left.
@@ -147,6 +170,15 @@ def test_graphs_outside_the_budget_up_to_0_20():
     assert eager.graphs == planning.Term(0.0, 0.0, "exact")
 
 
+def test_mxfp4_takes_more_outside_the_budget_up_to_0_20():
+    # gpt-oss-20b at 0.95 on an H100: passes the check of 0.19, and ran out of memory in the sampler's warm-up.
+    arguments = {"gpu-memory-utilization": 0.95, "max-model-len": 8192}
+    instance = one(arguments, H100, built_in("gpt-oss-20b"), version="0.19.0").instances[0]
+    assert instance.verdict == "tight"
+    assert "outside its budget: the sampler's warm-up or a CUDA graph may run out" in instance.sentences[0]
+    assert one({"max-model-len": 8192}, H100, built_in("gpt-oss-20b"), version="0.19.0").instances[0].verdict == "fits"
+
+
 def test_bytes_override_utilization():
     instance = one({"kv-cache-memory-bytes": "4G", "gpu-memory-utilization": 0.1, "max-model-len": 4096}).instances[0]
     assert instance.budget.kv_low_gib == instance.budget.kv_gib == instance.budget.kv_high_gib == 4
@@ -159,6 +191,80 @@ def test_the_version_changes_the_weights():
         for version in ((0, 10, 1), (0, 14, 1), (0, 29, 0))
     ]
     assert loaded == pytest.approx([65.97, 64.38, 61.43], abs=0.12)
+
+
+def changed(model=QWEN3_8B, version=(0, 32, 0), device=H100, arguments=None, **fields):
+    """Settings and facts for a single estimate."""
+    facts = replace(model, **fields)
+    return facts, planning.settings_of(arguments or {}, facts, device, version), version
+
+
+def test_layers_for_multi_token_prediction_are_loaded_to_speculate_only():
+    def weights(arguments):
+        facts, chosen, version = changed(mtp_layers=4, arguments=arguments)
+        return planning.estimate_weights(facts, chosen, H100, version).gib
+
+    without, speculating = weights({}), weights({"speculative-config": {"method": "mtp", "num_speculative_tokens": 1}})
+    assert without == pytest.approx(speculating * 36 / 40)
+
+
+def test_activation_is_the_largest_moment():
+    def activation(version, arguments=None, **fields):
+        facts, chosen, _ = changed(version=version, arguments=arguments, **fields)
+        return planning.estimate_activation(facts, chosen, version).gib
+
+    # The sampler, then the copy of the embedding that a text model on one GPU holds, then the layers alone.
+    few = {"max-num-seqs": 8, "max-num-batched-tokens": 2048}
+    assert activation((0, 16, 0)) == pytest.approx(38 * 1024 * 151936 / 2**30 + 2 * 8192 * 4096 / 2**30 + 0.05)
+    assert activation((0, 32, 0), few) == pytest.approx(151936 * 4096 * 2 / 2**30 + 0.03)
+    assert activation((0, 32, 0), {**few, "tensor-parallel-size": 2}) < 0.3
+    assert activation((0, 32, 0), few, multimodal=True) < 0.7
+
+
+@pytest.mark.parametrize(
+    ("version", "seqs", "sizes"),
+    [((0, 10, 0), 2, 67), ((0, 19, 0), 1024, 51), ((0, 32, 0), 8, 5), ((0, 32, 0), 256, 51)],
+)
+def test_captured_sizes(version, seqs, sizes):
+    chosen = planning.settings_of({"max-num-seqs": seqs}, QWEN3_8B, H100, version)
+    assert planning.capture_sizes(chosen, version) == sizes
+
+
+@pytest.mark.parametrize(("name", "more"), [("H100 80GB", 1.85), ("L40S", 0.0)])
+@pytest.mark.parametrize("version", [(0, 16, 0), (0, 19, 0), (0, 20, 0)])
+def test_linked_gpus_hold_buffers(name, more, version):
+    device = planning.device_by_name(name)
+    one_gpu, two = (
+        planning.estimate_non_torch(
+            QWEN3_8B, planning.settings_of({"tensor-parallel-size": n}, QWEN3_8B, device), device, version
+        ).gib
+        for n in (1, 2)
+    )
+    assert two - one_gpu == pytest.approx(min(more, 0.5) if version < (0, 17, 0) else more)
+
+
+def test_blocks_of_linear_layers_depend_on_prefix_caching():
+    linear = replace(QWEN3_8B, layers=(Layer(LINEAR, conv_state=8, ssm_state=8), Layer(FULL, 8, 128, 128)))
+    for arguments, blocks in (
+        ({}, 2),
+        ({"enable-prefix-caching": False}, 1),
+        ({"no-enable-prefix-caching": True}, 1),
+        ({"speculative-config": '{"method": "mtp", "num_speculative_tokens": 3}'}, 5),
+    ):
+        assert planning.settings_of(arguments, linear, H100).kv.state_blocks == blocks
+
+
+def test_chunked_layers_are_allocated_as_full_ones():
+    chunked = replace(QWEN3_8B, layers=(Layer(CHUNKED, 8, 128, 128, 8192), Layer(FULL, 8, 128, 128)))
+    assert planning.settings_of({}, QWEN3_8B, H100).kv.hybrid
+    assert not planning.settings_of({}, chunked, H100).kv.hybrid
+    assert not planning.settings_of({"disable-hybrid-kv-cache-manager": True}, QWEN3_8B, H100).kv.hybrid
+
+
+def test_defaults_on_the_cpu():
+    chosen = planning.settings_of({"tensor-parallel-size": 2}, QWEN3_8B, NVL, kind="cpu")
+    assert (chosen.max_num_batched_tokens, chosen.max_num_seqs) == (4096, 256)
+    assert (chosen.kv.block_size, chosen.kv.concurrent_batches, chosen.enforce_eager) == (128, 1, True)
 
 
 # Arguments
@@ -375,6 +481,7 @@ MODELS = st.sampled_from([GPT_OSS, QWEN3_8B, built_in("gpt-oss-20b")])
 DEVICES = st.sampled_from([NVL, H100, *(planning.device_by_name(name) for name in ("A100 80GB", "L4", "H200"))])
 
 
+@settings(deadline=None)
 @given(ARGUMENTS, VERSIONS, MODELS, DEVICES, st.floats(0, 30000))
 def test_parts_sum_to_the_total_and_low_is_below_high(arguments, version, model, device, held):
     busy = replace(device, processes=(planning.Process("other", 1, held),))
@@ -391,6 +498,7 @@ def test_parts_sum_to_the_total_and_low_is_below_high(arguments, version, model,
         assert found.free_gib > -1e-6
 
 
+@settings(deadline=None)
 @given(ARGUMENTS, VERSIONS, MODELS, st.integers(20000, 150000), st.integers(0, 50000))
 def test_more_memory_never_yields_fewer_tokens(arguments, version, model, mib, more):
     sizes = (mib, mib + more)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from ansible_collections.nvl.vllm.plugins.module_utils import _unit
+from ansible_collections.nvl.vllm.plugins.module_utils import _json_file, _unit
 from ansible_collections.nvl.vllm.plugins.module_utils._unit import Helper, NotReady, Paths, Turn
 
 GPU = "GPU-5d1c1f36-9b2f-4a45-8c0a-3f1e6f0a0001"
@@ -22,7 +22,7 @@ class FakeHost:
     """All that an engine is started from, below tmp_path."""
 
     def __init__(self, path):
-        self.paths = Paths(str(path / "state"), str(path / "etc"), str(path / "units"))
+        self.paths = Paths(*(str(path / name) for name in ("state", "etc", "units", "calibration")))
         self.root, self.model = path / "opt", path / "model"
         self.etc, self.units = path / "etc", path / "units"
         for folder in (self.etc, self.units, self.root / "a", self.root / "b", self.model / "sub"):
@@ -305,6 +305,19 @@ def test_ready_when_a_completion_was_answered(helper, host, fake_vllm, engine):
     assert _unit.read_state("primary", host.paths) == host.state(failed_starts=0)
     assert Turn("secondary", 600.0, host.paths).take() == "secondary"
     assert len(made.said) == 1
+
+
+def test_what_vllm_measured_on_the_gpu_is_kept(helper, host, fake_vllm, engine):
+    smi = FakeNvidiaSmi(IDLE)
+    gpu = {"CUDA_VISIBLE_DEVICES": GPU, "NVL_VLLM_GPU_MEMORY_UTILIZATION": "0.85", "INVOCATION_ID": "ab12"}
+    helper(run=smi, **gpu).prepare()
+    journal = FakeNvidiaSmi("Model loading took 61.43 GiB memory\nAvailable KV cache memory: 14.2 GiB\n")
+    helper(run=journal, MAINPID=str(engine.pid), **gpu).ready()
+    assert journal.asked == [["journalctl", "--no-pager", "--output=cat", "_SYSTEMD_INVOCATION_ID=ab12"]]
+    kept = _json_file.read_object(f"{host.paths.calibration}/primary.json")
+    assert kept["figures"] == {"weights_gib": 61.43, "available_kv_gib": 14.2}
+    assert kept["release"] == os.path.realpath(host.root / "current")
+    assert kept["model"] == os.path.realpath(host.model)
 
 
 def test_an_engine_that_dies_is_not_waited_for(helper, host, fake_vllm, engine):
