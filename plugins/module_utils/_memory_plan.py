@@ -760,8 +760,8 @@ class _Planner:
             )
         elif cache.groups and mine.kv_gib <= 0:
             problem = (
-                f"{wanted.name} has no memory left for a KV cache on {where}: of its budget of {mine.requested_gib:.2f} "
-                f"GiB the weights take {mine.weights.gib:.2f} and overhead "
+                f"{wanted.name} has no memory left for a KV cache on {where}: of its budget of "
+                f"{mine.requested_gib:.2f} GiB the weights take {mine.weights.gib:.2f} and overhead "
                 f"{mine.requested_gib - mine.kv_gib - mine.weights.gib:.2f}"
             )
         elif not cache.can_start(mine.kv_gib * GIB, length):

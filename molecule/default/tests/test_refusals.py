@@ -28,13 +28,6 @@ def test_mistakes_in_the_declaration_are_named_all_at_once() -> None:
     assert "Check the host" not in refused.stdout
 
 
-def test_gpu_used_twice() -> None:
-    twice = [{"name": "primary", "port": 8001, "gpus": [0]}, {"name": "secondary", "port": 8002, "gpus": [0]}]
-    refused = site(vllm_device="cuda", vllm_arguments={}, vllm_environment={}, vllm_instances=twice)
-    assert refused.returncode != 0
-    assert "molecule: vllm_instances[1].gpus is 0: vllm_instances[0] has this GPU" in refused.stdout
-
-
 def test_wrong_type_of_a_later_role_is_refused_first() -> None:
     refused = site(vllm_instances_start_timeout="soon")
     assert refused.returncode != 0
