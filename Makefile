@@ -7,7 +7,7 @@ export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 # Byte code is what makes the second run quick.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: sandbox test lint unit molecule check-airgap bundle clean bootstrap bench-rerun check-gpu-install lock-controller
+.PHONY: sandbox test lint unit molecule check-airgap bundle clean bootstrap bench-rerun check-gpu-install score-memory lock-controller
 
 sandbox: bootstrap       ## container host, two real vLLM CPU engines, failover drill
 	ansible-playbook playbooks/sandbox.yml
@@ -35,6 +35,9 @@ bench-rerun: bootstrap   ## tasks and seconds of a run that changes nothing, bes
 
 check-gpu-install: bootstrap ## the CUDA lock, installed for real into a container (several GB)
 	ansible-playbook playbooks/check_gpu_install.yml
+
+score-memory: bootstrap  ## the memory plan beside published starts: CASES=cases.jsonl [MODELS=models.json]
+	tools/score_memory $(CASES) $(if $(MODELS),--models $(MODELS))
 
 lock-controller: bootstrap
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url \
