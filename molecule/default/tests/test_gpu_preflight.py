@@ -73,6 +73,13 @@ def test_the_guides_pair_on_one_card_is_refused_with_the_placements_that_work(ho
     assert time.monotonic() - began < 60  # it takes about 4 s; this only finds a run that hangs
 
 
+def test_who_knows_better_than_the_estimate_goes_on(host: Host) -> None:
+    shared = [PAIR[0], {**PAIR[1], "gpus": [0]}]
+    status, text = preflight(host, "idle", vllm_instances=shared, gpu_preflight_memory="warning")
+    assert status == 0, text
+    assert "primary and secondary share GPU 0" in text
+
+
 def test_a_card_that_is_not_there(host: Host) -> None:
     status, text = preflight(host, "one")
     assert status != 0

@@ -172,3 +172,38 @@ def test_all_findings_are_told_at_once(preflight, monkeypatch, server, free_port
         "GPU",
     ]
     assert result["msg"].count(f"{socket.gethostname()}: ") == 6
+
+
+def test_what_the_plan_needs_is_returned(preflight):
+    result = preflight()
+    assert [(one["index"], one["name"], one["total_mib"]) for one in result["devices"]] == [
+        (0, "NVIDIA H100 NVL", 95830),
+        (1, "NVIDIA H100 NVL", 95830),
+    ]
+    assert (result["checkpoint"], result["calibration"]) == ({}, {})
+    on_cpu = preflight(device="cpu", gpus=([], []))
+    (memory,) = on_cpu["devices"]
+    assert memory["name"] == "CPU"
+    assert memory["total_mib"] > 0
+
+
+def test_gpus_that_are_missing_leave_nothing_to_plan(preflight):
+    assert preflight(gpus=([0], [2]), fail=False)["devices"] == []
+
+
+def test_a_sick_gpu_is_an_error_unless_the_operator_says_otherwise(preflight, monkeypatch):
+    monkeypatch.setenv("NVIDIA_SMI_STATE", "mig")
+    assert "MIG" in only_error(preflight())
+    result = preflight(severities={"mig_enabled": "warning"})
+    assert "failed" not in result
+    assert ("mig_enabled", "warning") in {(one["rule"], one["severity"]) for one in result["findings"]}
+
+
+def test_a_severity_that_is_none_is_refused(preflight):
+    assert "mig_enabled" in preflight(severities={"mig_enable": "warning"})["msg"]
+
+
+def test_findings_are_returned_where_they_shall_not_fail(preflight):
+    result = preflight(required_space=2**40, fail=False)
+    assert "failed" not in result
+    assert len(result["errors"]) == 1
