@@ -289,11 +289,14 @@ class Helper:
         self.turn.give()
         self.say(probe.reason)
         if self.environment.get("CUDA_VISIBLE_DEVICES"):
-            self.measured()
+            try:
+                self.measured()
+            except OSError as problem:  # the engine serves all the same
+                self.say(f"what vLLM measured is not kept: {problem}")
 
     def measured(self) -> None:
-        """Keep what vLLM measured at this start, for the next memory plan."""
-        unit = f"_SYSTEMD_INVOCATION_ID={self.environment['INVOCATION_ID']}"
+        """Keep what vLLM measured at this start, for the next memory plan. Raises OSError."""
+        unit = f"_SYSTEMD_INVOCATION_ID={self.environment.get('INVOCATION_ID', '')}"
         figures = parse(self.run(["journalctl", "--no-pager", "--output=cat", unit])[1])
         if figures:
             with open(f"{self.paths.config}/{self.name}.yaml", encoding="utf-8") as stream:

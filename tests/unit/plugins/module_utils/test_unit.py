@@ -320,6 +320,16 @@ def test_what_vllm_measured_on_the_gpu_is_kept(helper, host, fake_vllm, engine):
     assert kept["model"] == os.path.realpath(host.model)
 
 
+def test_a_start_is_good_also_where_its_figures_cannot_be_kept(helper, host, fake_vllm, engine):
+    smi = FakeNvidiaSmi(IDLE)
+    gpu = {"CUDA_VISIBLE_DEVICES": GPU, "NVL_VLLM_GPU_MEMORY_UTILIZATION": "0.85", "INVOCATION_ID": "ab12"}
+    helper(run=smi, **gpu).prepare()
+    (host.etc / "primary.yaml").unlink()
+    made = helper(run=FakeNvidiaSmi("Model loading took 61.43 GiB memory\n"), MAINPID=str(engine.pid), **gpu)
+    made.ready()
+    assert made.said[-1].startswith("what vLLM measured is not kept: ")
+
+
 def test_an_engine_that_dies_is_not_waited_for(helper, host, fake_vllm, engine):
     helper().prepare()
     fake_vllm.health = 503
