@@ -33,7 +33,13 @@ def test_changed_argument_restarts_only_its_instance(host: Host, api_key: str) -
 def test_failed_start_names_the_reason_and_leaves_the_other_serving(host: Host, api_key: str) -> None:
     primary = main_pid(host, "primary")
     # An argument that exists, with a value that only the engine can know to be too much for the model.
-    failed = site(vllm_instances=instances(arguments={"max-model-len": 100_000_000}))
+    arguments = {"max-model-len": 100_000_000}
+    # The memory plan refuses it, before anything is changed.
+    refused = site(vllm_instances=instances(arguments=arguments))
+    assert refused.returncode != 0
+    assert "changed=0" in refused.stdout
+    assert "secondary" in refused.stdout.partition("Does not fit:")[2]
+    failed = site(vllm_instances=instances(arguments=arguments), gpu_preflight_memory="warning")
     assert failed.returncode != 0
     assert "vllm@secondary.service did not come up" in failed.stdout
     assert "max_model_len" in failed.stdout
