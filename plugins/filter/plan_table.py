@@ -26,6 +26,10 @@ options:
     type: list
     elements: dict
     default: []
+  problem:
+    description: Why there is no plan, as M(nvl.vllm.gpu_memory) returns it.
+    type: str
+    default: ""
 """
 
 EXAMPLES = r"""
@@ -68,11 +72,11 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
-def plan_table(plan: Mapping[str, Any], findings: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The table of a plan, and a line for each finding. Without a plan, the findings alone."""
+def plan_table(plan: Mapping[str, Any], findings: Sequence[Mapping[str, Any]] = (), problem: str = "") -> str:
+    """The table of a plan, and a line for each finding. Without a plan the reason, and the findings."""
     told = [f"{finding['severity'].capitalize()}: {finding['sentence']}" for finding in findings]
     if not plan:
-        return "\n".join(["There is no memory plan: GPUs or model are not known yet.", *told])
+        return "\n".join([f"There is no memory plan: {problem or 'GPUs or model are not known yet'}", *told])
     devices = [["DEVICE", "GiB", *(heading for _, heading, _ in PARTS), ""]]
     for device in plan["devices"]:
         sizes = [float(device[key]) for key, _, _ in PARTS]

@@ -8,6 +8,7 @@ GPU. The unit's helper keeps them after each good start, one file an instance; t
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,15 +17,24 @@ from typing import Any
 from ._json_file import read_object, write_object
 
 CALIBRATION = "/var/lib/nvl-vllm/calibration"
-#: Arguments that activations, graphs and what CUDA takes depend on.
-ARGUMENTS = (
-    "tensor-parallel-size",
-    "pipeline-parallel-size",
-    "max-num-batched-tokens",
-    "max-num-seqs",
-    "enforce-eager",
-    "quantization",
-    "dtype",
+#: Arguments that no measured figure depends on. Any other that differs makes the figures those of another engine.
+HARMLESS = frozenset(
+    (
+        "model",
+        "served-model-name",
+        "host",
+        "port",
+        "gpu-memory-utilization",
+        "kv-cache-memory-bytes",
+        "max-model-len",
+        "enable-prefix-caching",
+        "enable-log-requests",
+        "disable-access-log-for-endpoints",
+        "shutdown-timeout",
+        "tool-call-parser",
+        "enable-auto-tool-choice",
+        "max-num-queued-reqs",
+    )
 )
 _LINES = {
     "weights_gib": re.compile(r"Model loading took ([\d.]+) GiB"),
@@ -46,44 +56,49 @@ def parse(journal: str) -> dict[str, float]:
     consumed = found.pop("consumed_gib", None)
     if consumed is not None and "weights_gib" in found:
         found["non_torch_gib"] = round(max(0.0, consumed - found["weights_gib"]), 2)
+    if "peak_activation_gib" in found and "graph_gib" in found:
+        # vLLM counts the graphs' estimate as part of the activation.
+        found["peak_activation_gib"] = round(max(0.0, found["peak_activation_gib"] - found["graph_gib"]), 2)
     return found
 
 
-def settings(configuration: str) -> dict[str, str]:
-    """The values of ``ARGUMENTS`` in the text of a NAME.yaml, which is flat; as text, absent ones left out."""
-    found = {}
-    for name in ARGUMENTS:
-        match = re.search(rf"^{name}: *(.*?) *$", configuration, re.MULTILINE)
-        if match:
-            found[name] = match[1].strip("'\"").lower()
-    return found
+def settings(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """The arguments that figures depend on, as text."""
+    return {name: str(value).lower() for name, value in arguments.items() if name not in HARMLESS}
+
+
+def read_settings(configuration: str) -> dict[str, str]:
+    """The same from the text of a NAME.yaml. Where a value is not one line, its first line stands for it."""
+    pairs = re.findall(r"^([a-z0-9-]+): *(.*?) *$", configuration, re.MULTILINE)
+    return settings({name: value.strip("'\"") for name, value in pairs})
+
+
+def shard_bytes(model: str) -> int:
+    """Bytes of the checkpoint's shards, as one may be replaced in place."""
+    return sum(os.path.getsize(path) for path in glob.glob(f"{glob.escape(model)}/*.safetensors"))
 
 
 def keep(
     name: str, figures: Mapping[str, float], started_from: Mapping[str, Any], directory: str = CALIBRATION
 ) -> None:
-    """Keep the figures of an instance's start, with ``release``, ``model`` and ``settings`` that they are for."""
-    write_object(f"{directory}/{name}.json", {**started_from, "figures": dict(figures)})
+    """Keep the figures of an instance's start, with ``release``, ``model`` (real paths) and ``settings`` of it."""
+    about = {**started_from, "shard_bytes": shard_bytes(started_from["model"])}
+    write_object(f"{directory}/{name}.json", {**about, "figures": dict(figures)})
 
 
 def host_figures(
     instances: Sequence[Mapping[str, Any]], release: str, model: str, directory: str = CALIBRATION
 ) -> dict[str, float]:
-    """What is known for the declared instances, of this release and checkpoint; else nothing.
-
-    All figures hold where every instance is set as the one that was measured. Otherwise only the
-    weights are as they were.
-    """
-    wanted = [
-        {name: str(value).lower() for name, value in one.get("arguments", {}).items() if name in ARGUMENTS}
-        for one in instances
-    ]
-    paths = (os.path.realpath(release), os.path.realpath(model))
+    """What is known of this release and checkpoint with the arguments of all declared instances; else nothing."""
+    about = {
+        "release": os.path.realpath(release),
+        "model": os.path.realpath(model),
+        "shard_bytes": shard_bytes(model),
+    }
     for one in instances:
         kept = read_object(f"{directory}/{one['name']}.json")
         figures = kept.get("figures")
-        if isinstance(figures, dict) and (kept.get("release"), kept.get("model")) == paths:
-            if all(mine == kept.get("settings") for mine in wanted):
-                return figures
-            return {name: value for name, value in figures.items() if name == "weights_gib"}
+        if isinstance(figures, dict) and all(kept.get(key) == value for key, value in about.items()):
+            alike = all(settings(other.get("arguments", {})) == kept.get("settings") for other in instances)
+            return figures if alike else {}
     return {}

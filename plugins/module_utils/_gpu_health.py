@@ -248,7 +248,9 @@ def _xids(gpu: Gpu) -> Iterator[tuple[str, str, str]]:
     for xid in gpu.xids or ():
         if xid.code in FATAL_XIDS and not _settled(xid, gpu, codes):
             what, remedy = FATAL_XIDS[xid.code]
-            yield "fatal_xid", gpu.pci, f"{gpu}: {_logged(xid)}: {what}; {remedy}"
+            # After a reset without a reboot the log still has it, and nothing tells the one from the other.
+            after = "the log has it until the next boot, so after a mere reset set fatal_xid to warning"
+            yield "fatal_xid", gpu.pci, f"{gpu}: {_logged(xid)}: {what}; {remedy}; {after}"
         else:
             what = (
                 MINOR_XIDS.get(xid.code) or FATAL_XIDS.get(xid.code, ("not a fault of the GPU that is known here",))[0]

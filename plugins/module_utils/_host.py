@@ -145,7 +145,7 @@ def space_complaints(
 def match_gpus(
     declared: Mapping[str, Iterable[int | str]], present: Mapping[int, str]
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """UUIDs of each instance's GPUs, and a sentence for each that the host does not have."""
+    """UUIDs of each instance's GPUs, and a sentence for each that the host does not have, or that is named twice."""
     result: dict[str, list[str]] = {}
     errors: list[str] = []
     have = ", ".join(f"{index} ({uuid})" for index, uuid in sorted(present.items())) or "none"
@@ -155,6 +155,8 @@ def match_gpus(
             uuid = present.get(gpu) if isinstance(gpu, int) else (gpu if gpu in present.values() else None)
             if uuid is None:
                 errors.append(f"GPU {gpu} of instance {name} is not there: the host has {have}")
+            elif uuid in result[name]:
+                errors.append(f"GPU {gpu} of instance {name} is {uuid}, which it has already: name each GPU once")
             else:
                 result[name].append(uuid)
     return result, errors

@@ -36,7 +36,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ._calibration import CALIBRATION, keep, parse, settings
+from ._calibration import CALIBRATION, keep, parse, read_settings
 from ._health import Look, pause_for, wait_until
 from ._host import Runner
 from ._http import Endpoint
@@ -303,7 +303,7 @@ class Helper:
                 configuration = stream.read()
             state = read_state(self.name, self.paths)
             started_from = {"release": state.get("release"), "model": state.get("model")}
-            keep(self.name, figures, {**started_from, "settings": settings(configuration)}, self.paths.calibration)
+            keep(self.name, figures, {**started_from, "settings": read_settings(configuration)}, self.paths.calibration)
 
     def stopped(self) -> None:
         self.turn.give()

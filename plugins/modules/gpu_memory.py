@@ -54,7 +54,8 @@ options:
     type: dict
     default: {}
   fail:
-    description: Whether to fail where an engine would not start.
+    description:
+      - Whether to fail where an engine would not start. Otherwise what cannot be planned is no failure either.
     type: bool
     default: true
 attributes:
@@ -93,8 +94,12 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+problem:
+  description: Why there is no plan, with O(fail=false); otherwise empty.
+  returned: success
+  type: str
 plan:
-  description: The plan. Sizes in GiB per GPU.
+  description: The plan; empty where there is none. Sizes in GiB per GPU.
   returned: always, unless the arguments cannot be planned with
   type: dict
   contains:
@@ -225,10 +230,12 @@ def main():
             )
         )
     except ValueError as error:
-        module.fail_json(msg=f"{host}: {error}")
+        if params["fail"]:
+            module.fail_json(msg=f"{host}: {error}")
+        module.exit_json(changed=False, plan={}, problem=str(error))
     if plan.errors and params["fail"]:
         module.fail_json(msg="\n".join(f"{host}: {error}" for error in plan.errors), plan=asdict(plan))
-    module.exit_json(changed=False, plan=asdict(plan))
+    module.exit_json(changed=False, plan=asdict(plan), problem="")
 
 
 if __name__ == "__main__":

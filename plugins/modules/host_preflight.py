@@ -220,6 +220,13 @@ def main():
             errors += missing
             # Without its GPUs there is nothing to plan.
             result["devices"] = [] if missing else gpu_devices(facts.gpus, own_uids)
+        # Trouble of a GPU that no instance uses is worth telling, and no reason to stop.
+        used = {uuid for uuids in result["gpus"].values() for uuid in uuids}
+        spare = {gpu.pci for gpu in facts.gpus if gpu.uuid and gpu.uuid not in used} if used else set()
+        findings = [
+            finding._replace(severity="warning") if finding.severity == "error" and finding.device in spare else finding
+            for finding in findings
+        ]
         errors += [finding.sentence for finding in findings if finding.severity == "error"]
         result["gpu_problem"] = facts.problem
         result["findings"] = [finding._asdict() for finding in findings]

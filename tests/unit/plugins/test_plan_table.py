@@ -65,5 +65,6 @@ def test_findings_come_last_and_alone_where_there_is_no_plan():
     findings = [{"severity": "warning", "sentence": "GPU 0 is slow"}]
     assert plan_table(PLAN, findings).endswith("\n\nWarning: GPU 0 is slow")
     assert plan_table({}, findings) == (
-        "There is no memory plan: GPUs or model are not known yet.\nWarning: GPU 0 is slow"
+        "There is no memory plan: GPUs or model are not known yet\nWarning: GPU 0 is slow"
     )
+    assert plan_table({}, [], "its size is not known") == "There is no memory plan: its size is not known"

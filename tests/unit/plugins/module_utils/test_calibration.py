@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from ansible_collections.nvl.vllm.plugins.module_utils._calibration import host_figures, keep, parse, settings
+from ansible_collections.nvl.vllm.plugins.module_utils._calibration import host_figures, keep, parse, read_settings
 
 # The wording of vLLM 0.32's source; the figures are made up.
 JOURNAL = """\
@@ -18,7 +18,8 @@ non-torch), 2.05 GiB for peak activation, and 0.80 GiB for CUDAGraph memory. Rep
 FIGURES = {
     "weights_gib": 61.43,
     "non_torch_gib": 0.67,
-    "peak_activation_gib": 2.05,
+    # Less the graphs' estimate, which vLLM counts as part of it.
+    "peak_activation_gib": 1.34,
     "graph_gib": 0.71,
     "available_kv_gib": 14.22,
     "gpu_memory_utilization": 0.85,
@@ -40,8 +41,10 @@ def test_a_log_without_figures_gives_none():
 
 
 def test_settings_are_those_that_count():
-    text = "# Engine arguments\nmax-num-seqs: 8\nenforce-eager: true\nmax-model-len: 4096\nquantization: 'fp8'\n"
-    assert settings(text) == {"max-num-seqs": "8", "enforce-eager": "true", "quantization": "fp8"}
+    text = (
+        "# Engine arguments\nmax-num-seqs: 8\nenforce-eager: true\nmax-model-len: 4096\nquantization: 'fp8'\nport: 1\n"
+    )
+    assert read_settings(text) == {"max-num-seqs": "8", "enforce-eager": "true", "quantization": "fp8"}
 
 
 @pytest.fixture
@@ -66,9 +69,15 @@ def test_figures_hold_for_instances_that_are_set_alike(measured):
     assert measured() == FIGURES
 
 
-def test_with_other_arguments_only_the_weights_are_as_they_were(measured):
-    other = {"name": "secondary", "arguments": {**ARGUMENTS, "max-num-seqs": 64}}
-    assert measured([PAIR[0], other]) == {"weights_gib": 61.43}
+@pytest.mark.parametrize("change", [{"max-num-seqs": 64}, {"tensor-parallel-size": 2}, {"cpu-offload-gb": 30}])
+def test_with_other_arguments_it_is_another_engine(measured, change):
+    other = {"name": "secondary", "arguments": {**ARGUMENTS, **change}}
+    assert measured([PAIR[0], other]) == {}
+
+
+def test_a_checkpoint_that_was_replaced_in_place_is_another_one(measured, tmp_path):
+    (tmp_path / "model/model.safetensors").write_bytes(b"x")
+    assert measured() == {}
 
 
 def test_arguments_that_do_not_count_may_differ(measured):

@@ -82,7 +82,8 @@ def test_a_fatal_xid_is_an_error_with_a_reason_and_a_remedy(code):
     assert head == ("fatal_xid", "error", FIRST)
     what, remedy = _gpu_health.FATAL_XIDS[code]
     assert sentence == (
-        f"GPU 0 ({FIRST}): Xid {code} was logged once at 2026-11-23T17:30:00+0000 (text): {what}; {remedy}"
+        f"GPU 0 ({FIRST}): Xid {code} was logged once at 2026-11-23T17:30:00+0000 (text): {what}; {remedy}; "
+        "the log has it until the next boot, so after a mere reset set fatal_xid to warning"
     )
 
 

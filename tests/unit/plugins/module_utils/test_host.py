@@ -160,6 +160,11 @@ def test_a_gpu_by_index_and_by_uuid_is_the_same_gpu():
     assert (found, errors) == ({"primary": [FIRST], "secondary": [FIRST]}, [])
 
 
+def test_a_gpu_twice_in_one_instance_is_told():
+    _, errors = _host.match_gpus({"primary": [0, FIRST]}, {0: FIRST, 1: SECOND})
+    assert errors == [f"GPU {FIRST} of instance primary is {FIRST}, which it has already: name each GPU once"]
+
+
 @pytest.mark.parametrize("version", ["3.11.2", "3.12.0", "3.13.9"])
 def test_pythons_that_can(version):
     assert _host.python_complaint(version, "/usr/bin/python3") == ""

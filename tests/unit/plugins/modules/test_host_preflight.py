@@ -199,6 +199,13 @@ def test_a_sick_gpu_is_an_error_unless_the_operator_says_otherwise(preflight, mo
     assert ("mig_enabled", "warning") in {(one["rule"], one["severity"]) for one in result["findings"]}
 
 
+def test_trouble_of_a_gpu_that_nobody_uses_is_a_warning(preflight, monkeypatch):
+    monkeypatch.setenv("NVIDIA_SMI_STATE", "mig")  # of GPU 0
+    result = preflight(gpus=([1], [1]))
+    assert "failed" not in result
+    assert ("mig_enabled", "warning") in {(one["rule"], one["severity"]) for one in result["findings"]}
+
+
 def test_a_severity_that_is_none_is_refused(preflight):
     assert "mig_enabled" in preflight(severities={"mig_enable": "warning"})["msg"]
 
