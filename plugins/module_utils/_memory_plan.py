@@ -591,7 +591,7 @@ def budget(
     if not settings.enforce_eager:
         graphs = measured(calibration.graph_gib, graphs)
     inside = version >= (0, 21, 0)
-    requested = math.ceil(device.total_gib * GIB * settings.gpu_memory_utilization) / GIB
+    requested = checked_gib(settings, device)
     if settings.kv_cache_memory_bytes:
         kv = settings.kv_cache_memory_bytes / GIB
         requested = weights.gib + non_torch.gib + activation.gib + graphs.gib + kv
@@ -633,6 +633,8 @@ class _Planner:
         self.version = parse_version(host.version)
         self.cpu = host.device == "cpu"
         self.errors: list[str] = []
+        #: Engines that fail by their own arguments, not for what their neighbours take in sum.
+        self.refused: set[str] = set()
         self.taken: dict[int, float] = {device.index: 0.0 for device in host.devices}
         self.held: dict[int, list[tuple[str, Budget]]] = {device.index: [] for device in host.devices}
 
@@ -682,7 +684,7 @@ class _Planner:
             wants = ", ".join(map(str, missing)) or "at least one"
             self.errors.append(f"{wanted.name} wants GPU {wants}: the host has {there}; change the instance's gpus")
             return None
-        device = min(devices, key=lambda d: d.total_gib - d.foreign_gib)
+        device = min(devices, key=lambda d: d.total_gib - d.foreign_gib - self.taken[d.index])
         try:
             settings = settings_of(wanted.arguments, host.model, device, self.version, host.device, wanted.environment)
             ranks = settings.tensor_parallel * settings.pipeline_parallel * settings.data_parallel
@@ -745,6 +747,10 @@ class _Planner:
         mine: Budget,
         sharers: Mapping[int, Sequence[str]],
     ) -> tuple[str, list[str], list[dict[str, Any]]]:
+        refusals = _refusals(wanted, settings, self.host.model)
+        if refusals:
+            self.refused.add(wanted.name)
+            return FAILS, refusals, []
         where = "the host's memory" if self.cpu else f"GPU {device.index} ({device.name}, {device.total_gib:.2f} GiB)"
         shortage = start_shortage(settings, device, mine, self.version, self.taken[device.index], self.cpu)
         length = 1 if settings.auto_length else settings.max_model_len
@@ -754,10 +760,15 @@ class _Planner:
             others = [name for name, _ in self.held[device.index]]
             by = " and ".join([*(["instance " + ", ".join(others)] if others else []), *([holders] if holders else [])])
             own = f" once its CUDA context of {shortage.context:.1f} GiB is there" if shortage.context else ""
-            problem = (
-                f"{wanted.name} wants {mine.requested_gib:.2f} GiB of {where}, where {shortage.available:.2f} GiB "
-                f"are free{' beside ' + by if by else ''}{own}"
-            )
+            wants = f"{wanted.name} wants {mine.requested_gib:.2f} GiB of {where}"
+            if _only_checked(settings, device, mine, self.cpu) and mine.used_gib <= shortage.available:
+                self.refused.add(wanted.name)
+                wants = (
+                    f"{wanted.name} uses about {mine.used_gib:.2f} GiB with kv-cache-memory-bytes, but vLLM starts "
+                    f"only where gpu-memory-utilization {settings.gpu_memory_utilization:g} "
+                    f"({checked_gib(settings, device):.2f} GiB) of {where} is free"
+                )
+            problem = f"{wants}, where {shortage.available:.2f} GiB are free{' beside ' + by if by else ''}{own}"
         elif cache.groups and mine.kv_gib <= 0:
             problem = (
                 f"{wanted.name} has no memory left for a KV cache on {where}: of its budget of "
@@ -794,22 +805,30 @@ class _Planner:
             )
         if not problem and not tight:
             return FITS, [], []
-        changes = self._changes(wanted, settings, device, sharers)
+        changes = self._changes(wanted, settings, device, mine, sharers)
         advice = ": " + "; or ".join(change["text"] for change in changes) if changes else ""
         if problem:
             return FAILS, [problem + advice], changes
         return TIGHT, [tight + advice], changes
 
     def _changes(
-        self, wanted: Wanted, settings: Settings, device: Device, sharers: Mapping[int, Sequence[str]]
+        self,
+        wanted: Wanted,
+        settings: Settings,
+        device: Device,
+        mine: Budget,
+        sharers: Mapping[int, Sequence[str]],
     ) -> list[dict[str, Any]]:
         """The nearest single changes that would fit with certainty."""
         changes: list[dict[str, Any]] = []
         others = [name for name in sharers.get(device.index, []) if name != wanted.name]
         if others and not self.cpu:
-            free = [d.index for d in self.host.devices if d.index not in sharers]
+            spare = [d for d in self.host.devices if d.index not in sharers]
+            free = [d.index for d in spare if self._room(wanted, d)]
+            ranks = settings.tensor_parallel * settings.pipeline_parallel * settings.data_parallel
+            free = free if len(free) >= ranks else []
             where = f"GPU {', '.join(map(str, free))} is free" if free else "the host needs one more"
-            changes.append({"gpus": free[:1], "text": f"give {wanted.name} a GPU of its own ({where})"})
+            changes.append({"gpus": free[:ranks], "text": f"give {wanted.name} a GPU of its own ({where})"})
 
         def fits(arguments: Mapping[str, Any], gpus: int = 0, alone: bool = False) -> bool:
             try:
@@ -829,14 +848,14 @@ class _Planner:
                 # What was measured stays, but KV that was measured is for other arguments.
                 same = set(arguments) <= {"max-model-len", "gpu-memory-utilization"}
                 calibration = calibration if same else replace(calibration, available_kv_gib=None)
-            mine = budget(self.host.model, trial, device, self.version, self.host.device, calibration)
+            then = budget(self.host.model, trial, device, self.version, self.host.device, calibration)
             # On other GPUs nothing of the plan is in the way.
             taken = 0.0 if gpus else self.taken[device.index]
             there = replace(device, processes=(), free_mib=-1) if gpus or alone else device
-            shortage = start_shortage(trial, there, mine, self.version, taken, self.cpu)
+            shortage = start_shortage(trial, there, then, self.version, taken, self.cpu)
             length = 1 if trial.auto_length else trial.max_model_len
             enough = shortage.free >= 0 and shortage.later >= shortage.margin
-            return enough and cache.can_start(mine.kv_low_gib * GIB, length)
+            return enough and cache.can_start(then.kv_low_gib * GIB, length)
 
         if device.foreign and fits({}, alone=True):
             changes.append({"text": "end " + " and ".join(f"{p.name} ({p.pid})" for p in device.foreign)})
@@ -861,6 +880,10 @@ class _Planner:
                     )
                     break
         else:
+            share = math.ceil(mine.used_gib / device.total_gib * 100) / 100
+            if _only_checked(settings, device, mine, self.cpu) and fits({"gpu-memory-utilization": share}):
+                text = f"set gpu-memory-utilization to {share:.2f} as well, about what the engine uses"
+                changes.append({"gpu-memory-utilization": share, "text": text})
             sizes = range(settings.kv_cache_memory_bytes * 16 // GIB, 0, -1)
             size = next((n * GIB // 16 for n in sizes if fits({"kv-cache-memory-bytes": n * GIB // 16})), 0)
             if 0 < size < settings.kv_cache_memory_bytes and not self.cpu:
@@ -879,11 +902,33 @@ class _Planner:
                 ranks *= 2
         return changes
 
+    def _room(self, wanted: Wanted, device: Device) -> bool:
+        """Whether a GPU that nothing of the plan uses has, beside foreign memory, what the engine asks for."""
+        host = self.host
+        try:
+            settings = settings_of(wanted.arguments, host.model, device, self.version, host.device, wanted.environment)
+        except MemoryPlanError:
+            return False
+        mine = budget(host.model, settings, device, self.version, host.device, host.calibration)
+        return start_shortage(settings, device, mine, self.version).free >= 0
+
+    def _places(self, names: Sequence[str], devices: Sequence[Device]) -> list[int]:
+        """A GPU for each of these engines, the first that has room; empty where there are too few."""
+        left, places = list(devices), []
+        for name in names:
+            wanted = next(w for w in self.host.instances if w.name == name)
+            found = next((d for d in left if self._room(wanted, d)), None)
+            if found is None:
+                return []
+            left.remove(found)
+            places.append(found.index)
+        return places
+
     def _shared(self, plans: list[InstancePlan], sharers: Mapping[int, Sequence[str]]) -> None:
         """Say of each GPU that several engines want and cannot have what they want in sum, and where they would fit."""
         for index, names in sharers.items():
             mine = [p for p in plans if index in p.devices]
-            if len(mine) < 2 or self.cpu or all(p.verdict != FAILS for p in mine):
+            if len(mine) < 2 or self.cpu or all(p.verdict != FAILS or p.name in self.refused for p in mine):
                 continue
             device = next(d for d in self.host.devices if d.index == index)
             weights = " + ".join(f"{p.budget.weights.gib:.1f}" for p in mine)
@@ -892,8 +937,9 @@ class _Planner:
             total = sum(p.budget.requested_gib for p in mine)
             alone = total_weights > device.total_gib - device.foreign_gib
             spare = [d for d in self.host.devices if d.index not in sharers]
-            if len(spare) >= len(mine) - 1:
-                places = [index, *[d.index for d in spare]]
+            single = all(len(p.devices) == 1 for p in mine)
+            places = self._places([p.name for p in mine], [device, *spare]) if single else []
+            if places:
                 placed = ", ".join(f"{p.name} on GPU {gpu}" for p, gpu in zip(mine, places))
                 offer = f"declare one GPU for each, such as {placed}"
             else:
@@ -919,6 +965,41 @@ class _Planner:
         return result
 
 
+def _only_checked(settings: Settings, device: Device, mine: Budget, cpu: bool) -> bool:
+    """Whether vLLM's check at the start wants more than the engine uses, as kv-cache-memory-bytes says how much."""
+    return bool(settings.kv_cache_memory_bytes) and not cpu and checked_gib(settings, device) > mine.used_gib
+
+
+def _refusals(wanted: Wanted, settings: Settings, facts: ModelFacts) -> list[str]:
+    """What vLLM refuses before it looks at any memory, one sentence each."""
+    found = []
+    given = {str(key).lstrip("-").replace("_", "-") for key, value in wanted.arguments.items() if value is not None}
+    longer = str(wanted.environment.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "")).strip().lower() in ("1", "true")
+    # These change the limit of the model's configuration.
+    longer = longer or any(name.startswith(("hf-overrides", "rope-scaling")) for name in given)
+    limit = facts.max_position_embeddings
+    if 0 < limit < settings.max_model_len and not longer:
+        found.append(
+            f"{wanted.name}: vLLM refuses max-model-len {settings.max_model_len}, as the model's "
+            f"max_position_embeddings is {limit}: set max-model-len to {limit} or less"
+        )
+    tokens, seqs = settings.max_num_batched_tokens, settings.max_num_seqs
+    if seqs > tokens:
+        found.append(
+            f"{wanted.name}: vLLM refuses max-num-seqs {seqs}, as max-num-batched-tokens is {tokens}: "
+            f"set max-num-seqs to {tokens} or less, or max-num-batched-tokens to {seqs} or more"
+        )
+    ranks = settings.tensor_parallel
+    if facts.heads % ranks:
+        best = next(n for n in range(ranks - 1, 0, -1) if facts.heads % n == 0)
+        count = best * settings.pipeline_parallel * settings.data_parallel
+        found.append(
+            f"{wanted.name}: vLLM refuses tensor-parallel-size {ranks}, as it does not divide the model's "
+            f"{facts.heads} attention heads: set tensor-parallel-size to {best} and declare {count} GPU(s)"
+        )
+    return found
+
+
 @dataclass(frozen=True)
 class Shortage:
     """``free``: GiB above what the engine asks for when it starts; ``later``: what stays outside its budget then.
@@ -934,6 +1015,11 @@ class Shortage:
     margin: float
 
 
+def checked_gib(settings: Settings, device: Device) -> float:
+    """What vLLM wants to be free of a GPU when it starts, with kv-cache-memory-bytes too (``request_memory``)."""
+    return math.ceil(device.total_gib * GIB * settings.gpu_memory_utilization) / GIB
+
+
 def start_shortage(
     settings: Settings,
     device: Device,
@@ -945,8 +1031,12 @@ def start_shortage(
     """Whether what is free suffices, when ``taken`` GiB belong to engines that started before."""
     context = 0.0 if cpu else context_gib(settings, device)
     available = device.total_gib - device.foreign_gib - taken - context
-    # Given bytes of KV cache are no part of a budget that is checked: all that is used must be there.
-    free = available - (mine.used_gib if settings.kv_cache_memory_bytes else mine.requested_gib)
+    wanted = mine.requested_gib
+    if settings.kv_cache_memory_bytes:
+        # vLLM sizes nothing by its utilization then, but still refuses to start where that much is not free. All
+        # that is used must be there as well.
+        wanted = mine.used_gib if cpu else max(mine.used_gib, checked_gib(settings, device))
+    free = available - wanted
     if version >= (0, 21, 0) or cpu or settings.kv_cache_memory_bytes:
         return Shortage(available, context, free, max(0.0, free), 0.0)
     # Graphs come on top of the budget; so do the buffers that MXFP4's kernels take when they first run.

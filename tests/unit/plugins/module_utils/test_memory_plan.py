@@ -380,6 +380,102 @@ def test_two_small_engines_share_a_gpu():
     assert plan.devices[0].free_gib > 0
 
 
+def test_several_gpus_are_judged_by_the_one_with_the_least_left():
+    single = planning.Wanted("single", (1,), {"gpu-memory-utilization": 0.5})
+    both = planning.Wanted("pair", (0, 1), {"gpu-memory-utilization": 0.85, "tensor-parallel-size": 2})
+    plan = planning.plan(planning.Host(gpus(2), QWEN3_8B, (single, both)))
+    assert [instance.verdict for instance in plan.instances] == ["fits", "does not fit"]
+    assert "pair wants 79.14 GiB of GPU 1" in plan.instances[1].sentences[0]
+    assert "give pair a GPU of its own (the host needs one more)" in plan.instances[1].sentences[0]
+    wide = planning.plan(planning.Host(gpus(3), QWEN3_8B, (single, both)))
+    assert "(the host needs one more)" in wide.instances[1].sentences[0]
+    assert "pair on GPU" not in "".join(wide.errors)
+
+
+def test_bytes_do_not_replace_the_check_at_the_start():
+    small = built_in("gpt-oss-20b")
+
+    def shared(*shares):
+        wanted = [
+            planning.Wanted(name, (0,), {"kv-cache-memory-bytes": "8G", "max-num-seqs": 64, **more})
+            for name, more in zip(("primary", "secondary"), shares, strict=True)
+        ]
+        return planning.plan(planning.Host(gpus(1), small, tuple(wanted)))
+
+    plan = shared({}, {})
+    assert [p.verdict for p in plan.instances] == ["fits", "does not fit"]
+    (sentence,) = plan.errors
+    assert "gpu-memory-utilization 0.92 (85.65 GiB) of GPU 0 (NVIDIA H100 NVL, 93.10 GiB) is free" in sentence
+    (change,) = (c for c in plan.instances[1].changes if "gpu-memory-utilization" in c)
+    share = change["gpu-memory-utilization"]
+    assert f"set gpu-memory-utilization to {share:.2f} as well" in sentence
+    assert 0 <= share * NVL.total_gib - plan.instances[1].budget.used_gib < 1
+    again = shared({}, {"gpu-memory-utilization": share})
+    assert again.fits
+    assert [p.kv_tokens for p in again.instances] == [p.kv_tokens for p in plan.instances]
+    # The CPU device has no such check.
+    chosen = planning.settings_of({"kv-cache-memory-bytes": "8G"}, small, NVL)
+    mine = planning.budget(small, chosen, NVL)
+    found = [planning.start_shortage(chosen, NVL, mine, planning.PINNED, 30.0, cpu).free for cpu in (False, True)]
+    assert found[0] < 0 < found[1]
+    # What is used must be there in any case.
+    assert not one({"kv-cache-memory-bytes": "90G", "gpu-memory-utilization": 0.1}, model=small).fits
+
+
+def refused(arguments, model=QWEN3_8B, environment=None, count=1):
+    wanted = planning.Wanted("primary", tuple(range(count)), arguments, environment or {})
+    return planning.plan(planning.Host(gpus(count), model, (wanted,)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "count", "sentence"),
+    [
+        (
+            {"max-model-len": 40961},
+            1,
+            "primary: vLLM refuses max-model-len 40961, as the model's max_position_embeddings is 40960: "
+            "set max-model-len to 40960 or less",
+        ),
+        (
+            {"max-num-seqs": 64, "max-num-batched-tokens": 32},
+            1,
+            "primary: vLLM refuses max-num-seqs 64, as max-num-batched-tokens is 32: "
+            "set max-num-seqs to 32 or less, or max-num-batched-tokens to 64 or more",
+        ),
+        (
+            {"tensor-parallel-size": 3},
+            3,
+            "primary: vLLM refuses tensor-parallel-size 3, as it does not divide the model's 32 attention heads: "
+            "set tensor-parallel-size to 2 and declare 2 GPU(s)",
+        ),
+    ],
+)
+def test_what_vllm_refuses_before_it_looks_at_memory(arguments, count, sentence):
+    plan = refused(arguments, count=count)
+    assert plan.errors == [sentence]
+    assert plan.instances[0].verdict == "does not fit"
+
+
+def test_lengths_beyond_the_model_where_vllm_takes_them():
+    long = {"max-model-len": 40961}
+    assert refused(long, environment={"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}).fits
+    assert not refused(long, environment={"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "0"}).fits
+    assert refused(long, replace(QWEN3_8B, max_position_embeddings=0)).fits
+    assert refused({**long, "hf-overrides": {"max_position_embeddings": 65536}}).fits
+    assert refused({"max-model-len": 40960, "max-num-seqs": 32, "max-num-batched-tokens": 32}).fits
+
+
+@pytest.mark.parametrize(("held", "free"), [(5 * 1024, True), (60 * 1024, False)])
+def test_a_gpu_is_spare_where_foreign_memory_leaves_room(held, free):
+    first, second = gpus(2)
+    busy = replace(second, processes=(planning.Process("python3", 4711, held),))
+    text = "\n".join(planning.plan(planning.Host((first, busy), GPT_OSS, pair((0, 0)))).errors)
+    assert ("give secondary a GPU of its own (GPU 1 is free)" in text) == free
+    assert ("such as primary on GPU 0, secondary on GPU 1" in text) == free
+    assert ("give secondary a GPU of its own (the host needs one more)" in text) == (not free)
+    assert ("declare one GPU for each (2 GPUs such as this one)" in text) == (not free)
+
+
 # Calibration
 
 
