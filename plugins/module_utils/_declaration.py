@@ -9,12 +9,12 @@ instance. Every mistake is collected, so that one run names them all.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ._hint import hint
 from ._manifest import Manifest, ManifestError, is_commit, parse
 from ._serve_help import ServeOptions
 
@@ -210,7 +210,7 @@ class _Resolver:
             return None
         for key in item:
             if key not in _INSTANCE_KEYS:
-                self.refuse(f"{where}.{key}", item[key], f"no such key{_hint(str(key), _INSTANCE_KEYS)}")
+                self.refuse(f"{where}.{key}", item[key], f"no such key{hint(str(key), _INSTANCE_KEYS)}")
         before = len(self.errors)
         name, port = item.get("name"), item.get("port")
         if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -267,7 +267,7 @@ class _Resolver:
                 self.refuse(f"{where}.{given}", value, f"set {_DECLARED[key]} instead")
                 continue
             if option is None:
-                advice = _REMOVED.get(key) or _hint(key, self.options.names())
+                advice = _REMOVED.get(key) or hint(key, self.options.names())
                 self.refuse(f"{where}.{given}", value, f"vLLM {self.declared.version} has no argument --{key}{advice}")
                 continue
             complaint = option.complaint(value)
@@ -356,11 +356,6 @@ class _Resolver:
                     self.refuse(f"{where}.{key}", value, f"{other} has this {key}: each instance needs its own")
             if len(set(instance.gpus)) != len(instance.gpus):
                 self.refuse(f"{where}.gpus", instance.gpus, "a GPU is named twice")
-
-
-def _hint(wrong: str, known: Any) -> str:
-    close = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _reachable(host: str) -> str:

@@ -8,13 +8,13 @@ a matter of the rule, and of who deploys: ``severities`` overrides it rule by ru
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ._gpu_info import Facts, Gpu, Xid, is_failure
+from ._hint import hint
 
 #: ``note`` tells without a warning; ``ignore`` does not tell.
 SEVERITIES = ("error", "warning", "note", "ignore")
@@ -142,17 +142,12 @@ def severity_complaints(severities: Mapping[str, Any]) -> list[str]:
     complaints = []
     for rule, severity in severities.items():
         if rule not in RULES:
-            complaints.append(f"severities names {rule}, which is no rule{_hint(rule, RULES)}")
+            complaints.append(f"severities names {rule}, which is no rule{hint(rule, RULES)}")
         elif severity not in SEVERITIES:
             complaints.append(
-                f"severities.{rule} is {severity}: wanted {', '.join(SEVERITIES)}{_hint(str(severity), SEVERITIES)}"
+                f"severities.{rule} is {severity}: wanted {', '.join(SEVERITIES)}{hint(str(severity), SEVERITIES)}"
             )
     return complaints
-
-
-def _hint(wrong: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def findings(facts: Facts, wanted: Wanted = Wanted(), severities: Mapping[str, str] = {}) -> list[Finding]:

@@ -44,7 +44,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _DEFAULTS["gemma3"] = _DEFAULTS["gemma3_text"]
 _DEFAULTS["gemma4"] = _DEFAULTS["gemma4_text"]
-_BYTES = {"bfloat16": 2, "float16": 2, "half": 2, "float32": 4, "float": 4}
 #: Architectures with caches of a form of their own, which the formulas here do not describe.
 _UNKNOWN = ("deepseek_v4", "deepseek_v32", "glm_moe_dsa", "whisper", "t5", "bart")
 
@@ -180,7 +179,8 @@ def from_config(config: Mapping[str, Any], weight_bytes: int = 0, name: str = ""
         expert_intermediate_size=_whole(config, "moe_intermediate_size", default=intermediate) if experts else 0,
         shared_intermediate_size=_shared(config) if experts else 0,
         quantization=quantization(config),
-        dtype_bytes=_BYTES.get(str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"), 2),
+        # float32 checkpoints are served in 16 bits unless the argument dtype says otherwise.
+        dtype_bytes=2,
         tied=bool(config.get("tie_word_embeddings", outer.get("tie_word_embeddings", False))),
         multimodal=any(f"{part}_config" in outer for part in ("vision", "audio", "thinker")),
         max_position_embeddings=_whole(config, "max_position_embeddings", "max_seq_len", default=0),
@@ -188,8 +188,6 @@ def from_config(config: Mapping[str, Any], weight_bytes: int = 0, name: str = ""
         mla_expanded=0,
         weight_bytes=int(weight_bytes or 0),
     )
-    # float32 checkpoints are served in 16 bits unless the argument dtype says otherwise.
-    facts = replace(facts, dtype_bytes=2)
     if "kv_lora_rank" in config:
         expanded = heads * (_whole(config, "qk_nope_head_dim", default=128) + _whole(config, "v_head_dim", default=128))
         facts = replace(facts, mla_expanded=expanded)
