@@ -44,6 +44,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _DEFAULTS["gemma3"] = _DEFAULTS["gemma3_text"]
 _DEFAULTS["gemma4"] = _DEFAULTS["gemma4_text"]
+#: Kinds of scaled rotary embedding whose factor is in max_position_embeddings already.
+_SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
 #: Architectures with caches of a form of their own, which the formulas here do not describe.
 _UNKNOWN = ("deepseek_v4", "deepseek_v32", "glm_moe_dsa", "whisper", "t5", "bart")
 
@@ -78,7 +80,9 @@ class ModelFacts:
 
     ``expert_intermediate_size`` and ``experts_per_token`` are 0 for a dense model. ``weight_bytes`` is the
     size of the checkpoint, 0 where not known. ``depth`` counts all layers, ``mtp_layers`` are
-    those for multi-token prediction, which vLLM loads only to speculate with.
+    those for multi-token prediction, which vLLM loads only to speculate with. ``dtype_bytes`` are those of a
+    weight as it is served, ``stored_bytes`` of one in the checkpoint, both where it is not quantized.
+    ``max_position_embeddings`` has a scaled rotary embedding's factor in it, where vLLM multiplies the two.
     """
 
     name: str
@@ -97,6 +101,7 @@ class ModelFacts:
     shared_intermediate_size: int
     quantization: str
     dtype_bytes: int
+    stored_bytes: int
     tied: bool
     multimodal: bool
     max_position_embeddings: int
@@ -181,9 +186,12 @@ def from_config(config: Mapping[str, Any], weight_bytes: int = 0, name: str = ""
         quantization=quantization(config),
         # float32 checkpoints are served in 16 bits unless the argument dtype says otherwise.
         dtype_bytes=2,
+        stored_bytes=4 if "float32" in str(config.get("dtype") or config.get("torch_dtype")) else 2,
         tied=bool(config.get("tie_word_embeddings", outer.get("tie_word_embeddings", False))),
         multimodal=any(f"{part}_config" in outer for part in ("vision", "audio", "thinker")),
-        max_position_embeddings=_whole(config, "max_position_embeddings", "max_seq_len", default=0),
+        max_position_embeddings=int(
+            _whole(config, "max_position_embeddings", "max_seq_len", default=0) * _rope_factor(config)
+        ),
         mtp_layers=_whole(config, "num_nextn_predict_layers", "mtp_num_hidden_layers", default=0),
         mla_expanded=0,
         weight_bytes=int(weight_bytes or 0),
@@ -192,6 +200,20 @@ def from_config(config: Mapping[str, Any], weight_bytes: int = 0, name: str = ""
         expanded = heads * (_whole(config, "qk_nope_head_dim", default=128) + _whole(config, "v_head_dim", default=128))
         facts = replace(facts, mla_expanded=expanded)
     return replace(facts, layers=_layers(config, facts))
+
+
+def _rope_factor(config: Mapping[str, Any]) -> float:
+    """What vLLM multiplies the model's length with (``_get_and_verify_max_len`` of 0.32)."""
+    section = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(section, Mapping) or "gemma3" in str(config.get("model_type")):
+        return 1.0
+    factor = 1.0
+    # One set for all layers, or one for each kind of layer.
+    for part in [section, *section.values()]:
+        if isinstance(part, Mapping) and (part.get("rope_type") or part.get("type")) not in _SCALED_ALREADY:
+            value = part.get("factor")
+            factor = max(factor, float(value)) if isinstance(value, (int, float)) else factor
+    return factor
 
 
 def _layers(config: Mapping[str, Any], facts: ModelFacts) -> tuple[Layer, ...]:

@@ -147,6 +147,7 @@ import socket
 from dataclasses import asdict, fields
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.nvl.vllm.plugins.module_utils import _memory_budget as budgets
 from ansible_collections.nvl.vllm.plugins.module_utils import _memory_plan as planning
 from ansible_collections.nvl.vllm.plugins.module_utils._model_facts import built_in, from_config
 
@@ -172,26 +173,26 @@ def device_of(given):
             raise ValueError(f"{name} of device {index} is {value!r}: wanted MiB") from None
     try:
         processes = tuple(
-            planning.Process(str(p["name"]), int(p["pid"]), float(p["mib"] or 0), bool(p.get("own")))
+            budgets.Process(str(p["name"]), int(p["pid"]), float(p["mib"] or 0), bool(p.get("own")))
             for p in given.get("processes") or ()
         )
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(f"processes of device {index}: wanted name, pid and mib of each") from None
     name = str(given.get("name") or "")
     if not numbers["total_mib"]:
-        numbers["total_mib"] = planning.device_by_name(name).total_mib
-    return planning.Device(int(index), name, uuid=str(given.get("uuid") or ""), processes=processes, **numbers)
+        numbers["total_mib"] = budgets.device_by_name(name).total_mib
+    return budgets.Device(int(index), name, uuid=str(given.get("uuid") or ""), processes=processes, **numbers)
 
 
 def calibration_of(given):
     """What was measured. Raises ValueError."""
-    known = [field.name for field in fields(planning.Calibration)]
+    known = [field.name for field in fields(budgets.Calibration)]
     for name, value in given.items():
         if name not in known:
             raise ValueError(f"calibration.{name} is not known: wanted some of {', '.join(known)}")
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise ValueError(f"calibration.{name} is {value!r}: wanted GiB")
-    return planning.Calibration(**given)
+    return budgets.Calibration(**given)
 
 
 def main():

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ansible_collections.nvl.vllm.plugins.module_utils._memory_plan import Host, Wanted, device_by_name, plan
+from ansible_collections.nvl.vllm.plugins.module_utils._memory_budget import device_by_name
+from ansible_collections.nvl.vllm.plugins.module_utils._memory_plan import Host, Wanted, plan
 from ansible_collections.nvl.vllm.plugins.module_utils._model_facts import built_in
 
 DEFAULTS = yaml.safe_load((Path(__file__).parents[2] / "roles/vllm_declaration/defaults/main.yml").read_text())

@@ -88,6 +88,20 @@ def test_free_memory_is_judged_without_the_model(score):
     assert score.score_row({**OCCUPIED, "free_at_start_gib": 79.0}, {}).overconfident
 
 
+def test_a_start_of_no_version_is_planned_with_caution(score):
+    row = {**ROW, "vllm_version": None}
+    each = [score.score_row({**row, "vllm_version": ".".join(map(str, era))}, MODELS).kv_blind for era in score.ERAS]
+    assert min(each) < max(each)
+    found = score.score_row(row, MODELS)
+    assert found.kv_blind == min(each)
+    assert not found.versioned
+    # One that fits with some versions only is not promised to start.
+    short = {**row, "flags": {"gpu_memory_utilization": 0.22, "max_model_len": 2048}, "outcome": "fail"}
+    verdicts = {score.score_row(short, MODELS, ".".join(map(str, era))).verdict for era in score.ERAS}
+    assert verdicts == {True, False}
+    assert score.score_row(short, MODELS).verdict is True
+
+
 @pytest.mark.parametrize(("values", "expected"), [([1.0], 1.0), (list(range(1, 11)), 9), (list(range(1, 12)), 10)])
 def test_the_90th_percentile(score, values, expected):
     assert score.percentile(values, 0.9) == expected
@@ -102,7 +116,7 @@ def test_the_report(score, tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("made ") and "1 of 1" in line for line in lines)
     assert any(line.startswith("all ") and "3 of 3" in line for line in lines)
-    assert lines[-1] == "predicted to fit beyond the uncertainty, and failed: 0"
+    assert lines[-1] == "predicted to fit beyond the uncertainty, and failed: 0, with known inputs 0"
 
 
 def test_a_file_that_is_not_there(score, tmp_path, monkeypatch):

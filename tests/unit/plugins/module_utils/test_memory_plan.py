@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict, replace
 
 import pytest
+from ansible_collections.nvl.vllm.plugins.module_utils import _memory_budget as budgets
 from ansible_collections.nvl.vllm.plugins.module_utils import _memory_plan as planning
 from ansible_collections.nvl.vllm.plugins.module_utils._kv_cache import KvCacheError
 from ansible_collections.nvl.vllm.plugins.module_utils._model_facts import (
@@ -21,8 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 GPT_OSS = built_in("gpt-oss-120b")
-NVL = planning.device_by_name("NVIDIA H100 NVL")
-H100 = planning.device_by_name("NVIDIA H100 80GB HBM3")
+NVL = budgets.device_by_name("NVIDIA H100 NVL")
+H100 = budgets.device_by_name("NVIDIA H100 80GB HBM3")
 #: The arguments of the guide for H100 NVL.
 GUIDE = {
     "gpu-memory-utilization": 0.85,
@@ -122,7 +123,7 @@ def test_what_does_not_fit_names_changes_that_do():
 
 
 def test_a_card_that_is_too_small_for_the_weights():
-    plan = one({}, planning.device_by_name("NVIDIA L40S"))
+    plan = one({}, budgets.device_by_name("NVIDIA L40S"))
     assert not plan.fits
     assert plan.instances[0].budget.kv_gib < 0
     assert "run it on 2 GPUs such as this with tensor-parallel-size 2" in plan.errors[0]
@@ -164,10 +165,10 @@ def test_graphs_outside_the_budget_up_to_0_20():
     arguments = {"gpu-memory-utilization": 0.99, "max-model-len": 4096}
     old = one(arguments, H100, QWEN3_8B, version="0.19.0")
     assert "captures CUDA graphs of about" in old.errors[0] or "are free" in old.errors[0]
-    budgets = [one({}, H100, QWEN3_8B, version=v).instances[0].budget for v in ("0.20.1", "0.21.0")]
-    assert [mine.graphs_inside for mine in budgets] == [False, True]
+    found = [one({}, H100, QWEN3_8B, version=v).instances[0].budget for v in ("0.20.1", "0.21.0")]
+    assert [mine.graphs_inside for mine in found] == [False, True]
     eager = one({"enforce-eager": True}, H100, QWEN3_8B).instances[0].budget
-    assert eager.graphs == planning.Term(0.0, 0.0, "exact")
+    assert eager.graphs == budgets.Term(0.0, 0.0, "exact")
 
 
 def test_mxfp4_takes_more_outside_the_budget_up_to_0_20():
@@ -187,7 +188,7 @@ def test_bytes_override_utilization():
 
 def test_the_version_changes_the_weights():
     loaded = [
-        planning.estimate_weights(GPT_OSS, planning.settings_of({}, GPT_OSS, H100), H100, version).gib
+        budgets.estimate_weights(GPT_OSS, budgets.settings_of({}, GPT_OSS, H100), H100, version).gib
         for version in ((0, 10, 1), (0, 14, 1), (0, 29, 0))
     ]
     assert loaded == pytest.approx([65.97, 64.38, 61.43], abs=0.12)
@@ -196,13 +197,45 @@ def test_the_version_changes_the_weights():
 def changed(model=QWEN3_8B, version=(0, 32, 0), device=H100, arguments=None, **fields):
     """Settings and facts for a single estimate."""
     facts = replace(model, **fields)
-    return facts, planning.settings_of(arguments or {}, facts, device, version), version
+    return facts, budgets.settings_of(arguments or {}, facts, device, version), version
+
+
+def weights(arguments, model):
+    settings = budgets.settings_of(arguments, model, H100)
+    return budgets.estimate_weights(budgets.served(model, arguments), settings, H100, budgets.PINNED).gib
+
+
+def test_experts_are_divided_by_the_data_parallel_ranks():
+    experts = GPT_OSS.expert_parameters * 4.25 / 8 / budgets.GIB
+    alone, two = (weights({"data-parallel-size": ranks}, GPT_OSS) for ranks in (1, 2))
+    assert alone - two == pytest.approx(experts / 2, rel=0.05)
+    assert weights({"data-parallel-size": 2, "enable-expert-parallel": True}, GPT_OSS) == pytest.approx(two, rel=0.03)
+    # A dense model is on each of them.
+    assert weights({"data-parallel-size": 2}, QWEN3_8B) == weights({}, QWEN3_8B)
+
+
+def test_dtype_makes_weights_and_cache_twice_as_large():
+    assert weights({"dtype": "float32"}, QWEN3_8B) == 2 * weights({}, QWEN3_8B)
+    assert weights({"dtype": "half"}, QWEN3_8B) == weights({"dtype": "auto"}, QWEN3_8B)
+    wide, narrow = (
+        budgets.layout(budgets.served(QWEN3_8B, given), budgets.settings_of(given, QWEN3_8B, H100))
+        for given in ({"dtype": "float32"}, {})
+    )
+    assert wide.block_bytes == 2 * narrow.block_bytes
+    plan = one({"dtype": "int3"}, model=QWEN3_8B)
+    assert plan.errors == ["primary: dtype is 'int3': wanted auto or one of half, float16, bfloat16, float, float32"]
+
+
+def test_a_checkpoint_of_32_bits_is_served_in_16():
+    stored = replace(QWEN3_8B, stored_bytes=4)
+    assert weights({}, stored) == weights({}, QWEN3_8B) / 2
+    assert weights({"dtype": "float32"}, stored) == weights({}, QWEN3_8B)
 
 
 def test_layers_for_multi_token_prediction_are_loaded_to_speculate_only():
     def weights(arguments):
         facts, chosen, version = changed(mtp_layers=4, arguments=arguments)
-        return planning.estimate_weights(facts, chosen, H100, version).gib
+        return budgets.estimate_weights(facts, chosen, H100, version).gib
 
     without, speculating = weights({}), weights({"speculative-config": {"method": "mtp", "num_speculative_tokens": 1}})
     assert without == pytest.approx(speculating * 36 / 40)
@@ -211,7 +244,7 @@ def test_layers_for_multi_token_prediction_are_loaded_to_speculate_only():
 def test_activation_is_the_largest_moment():
     def activation(version, arguments=None, **fields):
         facts, chosen, _ = changed(version=version, arguments=arguments, **fields)
-        return planning.estimate_activation(facts, chosen, version).gib
+        return budgets.estimate_activation(facts, chosen, version).gib
 
     # The sampler, then the copy of the embedding that a text model on one GPU holds, then the layers alone.
     few = {"max-num-seqs": 8, "max-num-batched-tokens": 2048}
@@ -226,17 +259,17 @@ def test_activation_is_the_largest_moment():
     [((0, 10, 0), 2, 67), ((0, 19, 0), 1024, 51), ((0, 32, 0), 8, 5), ((0, 32, 0), 256, 51)],
 )
 def test_captured_sizes(version, seqs, sizes):
-    chosen = planning.settings_of({"max-num-seqs": seqs}, QWEN3_8B, H100, version)
-    assert planning.capture_sizes(chosen, version) == sizes
+    chosen = budgets.settings_of({"max-num-seqs": seqs}, QWEN3_8B, H100, version)
+    assert budgets.capture_sizes(chosen, version) == sizes
 
 
 @pytest.mark.parametrize(("name", "more"), [("H100 80GB", 1.85), ("L40S", 0.0)])
 @pytest.mark.parametrize("version", [(0, 16, 0), (0, 19, 0), (0, 20, 0)])
 def test_linked_gpus_hold_buffers(name, more, version):
-    device = planning.device_by_name(name)
+    device = budgets.device_by_name(name)
     one_gpu, two = (
-        planning.estimate_non_torch(
-            QWEN3_8B, planning.settings_of({"tensor-parallel-size": n}, QWEN3_8B, device), device, version
+        budgets.estimate_non_torch(
+            QWEN3_8B, budgets.settings_of({"tensor-parallel-size": n}, QWEN3_8B, device), device, version
         ).gib
         for n in (1, 2)
     )
@@ -251,18 +284,18 @@ def test_blocks_of_linear_layers_depend_on_prefix_caching():
         ({"no-enable-prefix-caching": True}, 1),
         ({"speculative-config": '{"method": "mtp", "num_speculative_tokens": 3}'}, 5),
     ):
-        assert planning.settings_of(arguments, linear, H100).kv.state_blocks == blocks
+        assert budgets.settings_of(arguments, linear, H100).kv.state_blocks == blocks
 
 
 def test_chunked_layers_are_allocated_as_full_ones():
     chunked = replace(QWEN3_8B, layers=(Layer(CHUNKED, 8, 128, 128, 8192), Layer(FULL, 8, 128, 128)))
-    assert planning.settings_of({}, QWEN3_8B, H100).kv.hybrid
-    assert not planning.settings_of({}, chunked, H100).kv.hybrid
-    assert not planning.settings_of({"disable-hybrid-kv-cache-manager": True}, QWEN3_8B, H100).kv.hybrid
+    assert budgets.settings_of({}, QWEN3_8B, H100).kv.hybrid
+    assert not budgets.settings_of({}, chunked, H100).kv.hybrid
+    assert not budgets.settings_of({"disable-hybrid-kv-cache-manager": True}, QWEN3_8B, H100).kv.hybrid
 
 
 def test_defaults_on_the_cpu():
-    chosen = planning.settings_of({"tensor-parallel-size": 2}, QWEN3_8B, NVL, kind="cpu")
+    chosen = budgets.settings_of({"tensor-parallel-size": 2}, QWEN3_8B, NVL, kind="cpu")
     assert (chosen.max_num_batched_tokens, chosen.max_num_seqs) == (4096, 256)
     assert (chosen.kv.block_size, chosen.kv.concurrent_batches, chosen.enforce_eager) == (128, 1, True)
 
@@ -274,13 +307,13 @@ def test_defaults_on_the_cpu():
     ("value", "expected"), [("32k", 32000), ("32K", 32768), ("1.5k", 1500), ("auto", -1), (4096, 4096), ("2G", 2**31)]
 )
 def test_whole_numbers(value, expected):
-    assert planning.whole_number(value, "max-model-len") == expected
+    assert budgets.whole_number(value, "max-model-len") == expected
 
 
 @pytest.mark.parametrize("value", ["many", "1.5K", True, "32kk"])
 def test_no_whole_numbers(value):
-    with pytest.raises(planning.MemoryPlanError, match=r"max-model-len is .*: wanted a whole number"):
-        planning.whole_number(value, "max-model-len")
+    with pytest.raises(budgets.MemoryPlanError, match=r"max-model-len is .*: wanted a whole number"):
+        budgets.whole_number(value, "max-model-len")
 
 
 @pytest.mark.parametrize(
@@ -294,7 +327,7 @@ def test_no_whole_numbers(value):
     ],
 )
 def test_versions(text, expected):
-    assert planning.parse_version(text) == expected
+    assert budgets.parse_version(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -302,16 +335,16 @@ def test_versions(text, expected):
     [("H100 NVL", (8192, 1024)), ("A100 80GB", (2048, 256)), ("RTX 4090", (2048, 256)), ("B200", (16384, 1024))],
 )
 def test_defaults_by_gpu(name, expected):
-    settings = planning.settings_of({}, GPT_OSS, planning.device_by_name(name))
+    settings = budgets.settings_of({}, GPT_OSS, budgets.device_by_name(name))
     assert (settings.max_num_batched_tokens, settings.max_num_seqs) == expected
 
 
 def test_defaults_by_version():
-    found = [planning.settings_of({}, GPT_OSS, NVL, version) for version in ((0, 13, 0), (0, 20, 0), (0, 32, 0))]
+    found = [budgets.settings_of({}, GPT_OSS, NVL, version) for version in ((0, 13, 0), (0, 20, 0), (0, 32, 0))]
     assert [settings.gpu_memory_utilization for settings in found] == [0.90, 0.90, 0.92]
     assert [settings.kv.concurrent_batches for settings in found] == [1, 1, 2]
-    assert planning.settings_of({"no-async-scheduling": True}, GPT_OSS, NVL).kv.concurrent_batches == 1
-    assert planning.settings_of({"async-scheduling": False}, GPT_OSS, NVL).kv.concurrent_batches == 1
+    assert budgets.settings_of({"no-async-scheduling": True}, GPT_OSS, NVL).kv.concurrent_batches == 1
+    assert budgets.settings_of({"async-scheduling": False}, GPT_OSS, NVL).kv.concurrent_batches == 1
 
 
 @pytest.mark.parametrize(
@@ -345,7 +378,7 @@ def test_gpus_by_uuid():
 
 
 def test_memory_of_other_programs_is_named():
-    busy = replace(NVL, processes=(planning.Process("python3", 4711, 20480),))
+    busy = replace(NVL, processes=(budgets.Process("python3", 4711, 20480),))
     plan = one(GUIDE, busy)
     assert "72.60 GiB are free beside python3 (4711) 20480 MiB once its CUDA context of 0.5 GiB" in plan.errors[0]
     assert ": end python3 (4711); or " in plan.errors[0]
@@ -359,7 +392,7 @@ def test_free_memory_counts_where_no_program_is_named():
 
 
 def test_an_engine_of_the_plan_that_runs_already_is_not_in_its_own_way():
-    running = replace(NVL, free_mib=15000, processes=(planning.Process("VLLM::EngineCore", 1, 80300, own=True),))
+    running = replace(NVL, free_mib=15000, processes=(budgets.Process("VLLM::EngineCore", 1, 80300, own=True),))
     assert running.foreign_gib < 0.1
     assert one(GUIDE, running).fits
     assert not one(GUIDE, replace(running, processes=())).fits
@@ -367,9 +400,9 @@ def test_an_engine_of_the_plan_that_runs_already_is_not_in_its_own_way():
 
 def test_totals():
     assert NVL.total_gib == 93.10
-    assert planning.Device(0, "anything", 95830, reserved_mib=497).total_gib == (95830 - 497) / 1024
-    with pytest.raises(planning.MemoryPlanError, match="not known"):
-        planning.device_by_name("Voodoo 2")
+    assert budgets.Device(0, "anything", 95830, reserved_mib=497).total_gib == (95830 - 497) / 1024
+    with pytest.raises(budgets.MemoryPlanError, match="not known"):
+        budgets.device_by_name("Voodoo 2")
 
 
 def test_two_small_engines_share_a_gpu():
@@ -414,9 +447,9 @@ def test_bytes_do_not_replace_the_check_at_the_start():
     assert again.fits
     assert [p.kv_tokens for p in again.instances] == [p.kv_tokens for p in plan.instances]
     # The CPU device has no such check.
-    chosen = planning.settings_of({"kv-cache-memory-bytes": "8G"}, small, NVL)
-    mine = planning.budget(small, chosen, NVL)
-    found = [planning.start_shortage(chosen, NVL, mine, planning.PINNED, 30.0, cpu).free for cpu in (False, True)]
+    chosen = budgets.settings_of({"kv-cache-memory-bytes": "8G"}, small, NVL)
+    mine = budgets.budget(small, chosen, NVL)
+    found = [budgets.start_shortage(chosen, NVL, mine, budgets.PINNED, 30.0, cpu).free for cpu in (False, True)]
     assert found[0] < 0 < found[1]
     # What is used must be there in any case.
     assert not one({"kv-cache-memory-bytes": "90G", "gpu-memory-utilization": 0.1}, model=small).fits
@@ -468,7 +501,7 @@ def test_lengths_beyond_the_model_where_vllm_takes_them():
 @pytest.mark.parametrize(("held", "free"), [(5 * 1024, True), (60 * 1024, False)])
 def test_a_gpu_is_spare_where_foreign_memory_leaves_room(held, free):
     first, second = gpus(2)
-    busy = replace(second, processes=(planning.Process("python3", 4711, held),))
+    busy = replace(second, processes=(budgets.Process("python3", 4711, held),))
     text = "\n".join(planning.plan(planning.Host((first, busy), GPT_OSS, pair((0, 0)))).errors)
     assert ("give secondary a GPU of its own (GPU 1 is free)" in text) == free
     assert ("such as primary on GPU 0, secondary on GPU 1" in text) == free
@@ -481,10 +514,10 @@ def test_a_gpu_is_spare_where_foreign_memory_leaves_room(held, free):
 
 def test_what_was_measured_replaces_estimates_and_narrows_them():
     before = one(GUIDE).instances[0]
-    measured = planning.Calibration(61.43, 2.16, 1.17, 0.15)
+    measured = budgets.Calibration(61.43, 2.16, 1.17, 0.15)
     after = one(GUIDE, calibration=measured).instances[0]
     assert (before.calibrated, after.calibrated) == (False, True)
-    assert after.budget.weights == planning.Term(61.43, 0.1, "measured")
+    assert after.budget.weights == budgets.Term(61.43, 0.1, "measured")
     assert after.budget.kv_gib == pytest.approx(math.ceil(93.10 * 2**30 * 0.85) / 2**30 - 61.43 - 2.16 - 1.17 - 0.15)
     assert (
         after.budget.kv_high_gib - after.budget.kv_low_gib < (before.budget.kv_high_gib - before.budget.kv_low_gib) / 3
@@ -492,7 +525,7 @@ def test_what_was_measured_replaces_estimates_and_narrows_them():
 
 
 def test_measured_kv_moves_with_utilization():
-    measured = planning.Calibration(available_kv_gib=14.0, gpu_memory_utilization=0.85)
+    measured = budgets.Calibration(available_kv_gib=14.0, gpu_memory_utilization=0.85)
     plan = one({**GUIDE, "gpu-memory-utilization": 0.90}, calibration=measured)
     assert plan.instances[0].budget.kv_gib == pytest.approx(14.0 + 0.05 * 93.10)
     assert parts(plan.devices[0]) == pytest.approx(93.10)
@@ -518,7 +551,7 @@ def cpu(arguments, mib=4096, environment=None):
         },
         53_000_000,
     )
-    device = planning.Device(0, "RAM", mib, reserved_mib=0, free_mib=mib)
+    device = budgets.Device(0, "RAM", mib, reserved_mib=0, free_mib=mib)
     return planning.plan(
         planning.Host((replace(device, reserved_mib=1, total_mib=mib + 1),), small, (wanted,), device="cpu")
     )
@@ -548,17 +581,17 @@ def test_a_plan_is_json():
 
 def test_a_model_of_unknown_size_is_refused():
     nothing = replace(QWEN3_8B, weight_bytes=0, intermediate_size=0)
-    with pytest.raises(planning.MemoryPlanError, match="give weight_bytes"):
+    with pytest.raises(budgets.MemoryPlanError, match="give weight_bytes"):
         one({}, model=nothing)
 
 
 def test_layers_that_cannot_share_are_refused_with_a_sentence():
     with pytest.raises(KvCacheError):
-        planning.layout(
+        budgets.layout(
             GPT_OSS,
             replace(
-                planning.settings_of({}, GPT_OSS, NVL),
-                kv=replace(planning.settings_of({}, GPT_OSS, NVL).kv, cache_dtype="odd"),
+                budgets.settings_of({}, GPT_OSS, NVL),
+                kv=replace(budgets.settings_of({}, GPT_OSS, NVL).kv, cache_dtype="odd"),
             ),
         )
 
@@ -574,13 +607,13 @@ ARGUMENTS = st.fixed_dictionaries(
 )
 VERSIONS = st.sampled_from(["0.8.5", "0.10.1", "0.16.0", "0.19.0", "0.21.0", "0.32.0", "0.33.0"])
 MODELS = st.sampled_from([GPT_OSS, QWEN3_8B, built_in("gpt-oss-20b")])
-DEVICES = st.sampled_from([NVL, H100, *(planning.device_by_name(name) for name in ("A100 80GB", "L4", "H200"))])
+DEVICES = st.sampled_from([NVL, H100, *(budgets.device_by_name(name) for name in ("A100 80GB", "L4", "H200"))])
 
 
 @settings(deadline=None)
 @given(ARGUMENTS, VERSIONS, MODELS, DEVICES, st.floats(0, 30000))
 def test_parts_sum_to_the_total_and_low_is_below_high(arguments, version, model, device, held):
-    busy = replace(device, processes=(planning.Process("other", 1, held),))
+    busy = replace(device, processes=(budgets.Process("other", 1, held),))
     plan = one(arguments, busy, model, version=version)
     (found,) = plan.devices
     assert parts(found) == pytest.approx(found.total_gib)
@@ -598,7 +631,7 @@ def test_parts_sum_to_the_total_and_low_is_below_high(arguments, version, model,
 @given(ARGUMENTS, VERSIONS, MODELS, st.integers(20000, 150000), st.integers(0, 50000))
 def test_more_memory_never_yields_fewer_tokens(arguments, version, model, mib, more):
     sizes = (mib, mib + more)
-    plans = [one(arguments, planning.Device(0, "", size, reserved_mib=1), model, version=version) for size in sizes]
+    plans = [one(arguments, budgets.Device(0, "", size, reserved_mib=1), model, version=version) for size in sizes]
     small, large = (plan.instances[0] for plan in plans)
     assert small.kv_tokens <= large.kv_tokens
     assert small.largest_max_model_len <= large.largest_max_model_len

@@ -171,3 +171,25 @@ def test_what_cannot_be_planned_is_refused_in_one_sentence(change, message):
 def test_a_config_that_is_no_object():
     with pytest.raises(ValueError, match="wanted an object"):
         facts.from_config([])
+
+
+@pytest.mark.parametrize(
+    ("section", "limit"),
+    [
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 16384),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, 8192),
+        ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0}}}, 32768),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 4096),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 4096),
+        ({"rope_scaling": {"rope_type": "linear", "factor": None}}, 4096),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, 4096),
+        ({}, 4096),
+    ],
+)
+def test_a_scaled_rotary_embedding_lengthens_the_model(section, limit):
+    assert facts.from_config({**BASE, "max_position_embeddings": 4096, **section}).max_position_embeddings == limit
+
+
+def test_the_checkpoints_own_dtype():
+    assert facts.from_config({**BASE, "torch_dtype": "float32"}).stored_bytes == 4
+    assert facts.from_config({**BASE, "dtype": "bfloat16"}).stored_bytes == 2
