@@ -22,7 +22,7 @@ BEGIN = "<!-- Begin: written by tools/role_docs.py, do not edit -->\n"
 END = "<!-- End: written by tools/role_docs.py -->\n"
 # In the order of a deploy.
 ROLES = (
-    *("vllm_declaration", "gpu_preflight", "vllm_packages", "vllm", "vllm_model", "vllm_instances"),
+    *("vllm_declaration", "gpu_preflight", "cuda", "vllm_packages", "vllm", "vllm_model", "vllm_instances"),
     *("vllm_verify", "vllm_cleanup", "bundle", "sandbox"),
 )
 # A longer default is not shown but linked to.

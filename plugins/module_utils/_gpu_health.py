@@ -8,11 +8,11 @@ a matter of the rule, and of who deploys: ``severities`` overrides it rule by ru
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ._compatibility import at_least, driver_complaint
 from ._gpu_info import Facts, Gpu, Xid, is_failure
 from ._hint import hint
 
@@ -45,6 +45,12 @@ RULES = {
     "nvlink_missing": "warning",
     "unreadable": "warning",
 }
+
+
+#: Rules about what role cuda installs or sets, so that they are no obstacle before it has run.
+MENDED = ("driver_unavailable", "driver_library_mismatch", "driver_too_old", "persistence_off", "mig_enabled")
+#: Causes of driver_unavailable that no other driver mends: hardware, rights, and what only a reboot ends.
+UNMENDED_CAUSES = ("unsupported", "permission", "power_cable", "interrupt", "inforom", "lost", "hang")
 
 
 class Baseline(NamedTuple):
@@ -125,12 +131,13 @@ class Finding(NamedTuple):
 class Wanted:
     """What the facts are held against.
 
-    ``min_driver`` is the oldest driver that the deployed vLLM works with, empty for any. Processes
-    of ``own_uids`` and ``own_pids`` are our engines; any other that holds more than ``foreign_mib``
-    (MiB) of a GPU is in their way.
+    ``min_driver`` is the oldest driver that is taken; where it is empty, the one that ``vllm_version``
+    wants, and any where that is empty too. Processes of ``own_uids`` and ``own_pids`` are our engines;
+    any other that holds more than ``foreign_mib`` (MiB) of a GPU is in their way.
     """
 
     min_driver: str = ""
+    vllm_version: str = ""
     own_uids: Collection[int] = ()
     own_pids: Collection[int] = ()
     foreign_mib: int = 512
@@ -151,7 +158,10 @@ def severity_complaints(severities: Mapping[str, Any]) -> list[str]:
 
 
 def findings(facts: Facts, wanted: Wanted = Wanted(), severities: Mapping[str, str] = {}) -> list[Finding]:
-    """All findings, errors first. Raises ValueError where ``severities`` names what there is not."""
+    """All findings, errors first.
+
+    Raises ValueError where ``severities`` names what there is not, and for a vLLM that is too old to be known.
+    """
     complaints = severity_complaints(severities)
     if complaints:
         raise ValueError("; ".join(complaints))
@@ -159,8 +169,25 @@ def findings(facts: Facts, wanted: Wanted = Wanted(), severities: Mapping[str, s
         Finding(rule, severities.get(rule, RULES[rule]), device, sentence)
         for rule, device, sentence in _all(facts, wanted)
     ]
-    told = [finding for finding in found if finding.severity != "ignore"]
-    return sorted(told, key=lambda finding: SEVERITIES.index(finding.severity))
+    return _sorted(finding for finding in found if finding.severity != "ignore")
+
+
+def before_driver(found: Iterable[Finding], cause: str = "") -> list[Finding]:
+    """The findings on a host whose driver role cuda is about to install: what it mends becomes a note.
+
+    ``cause`` is that of the facts.
+    """
+    stays = {"driver_unavailable"} if cause in UNMENDED_CAUSES else set()
+    return _sorted(
+        finding._replace(severity="note", sentence=f"{finding.sentence} (role cuda sees to it)")
+        if finding.rule in MENDED and finding.rule not in stays
+        else finding
+        for finding in found
+    )
+
+
+def _sorted(found: Iterable[Finding]) -> list[Finding]:
+    return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
 def _all(facts: Facts, wanted: Wanted) -> Iterator[tuple[str, str, str]]:
@@ -179,10 +206,6 @@ def _all(facts: Facts, wanted: Wanted) -> Iterator[tuple[str, str, str]]:
 # The host
 
 
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", text))
-
-
 def _host(facts: Facts, wanted: Wanted) -> Iterator[tuple[str, str, str]]:
     host = facts.host
     if facts.problem:
@@ -199,13 +222,20 @@ def _host(facts: Facts, wanted: Wanted) -> Iterator[tuple[str, str, str]]:
         )
     # What is loaded is what vLLM will find, also where nvidia-smi itself does not work.
     version = driver or module
-    if wanted.min_driver and version and _version(version) < _version(wanted.min_driver):
-        yield (
-            "driver_too_old",
-            "",
-            f"the NVIDIA driver is {version}, and the vLLM to be deployed wants {wanted.min_driver} or newer: install "
-            f"a driver of branch {wanted.min_driver.partition('.')[0]} or newer, or deploy an older vLLM",
-        )
+    if not version:
+        return
+    if wanted.min_driver:
+        if not at_least(version, wanted.min_driver):
+            yield (
+                "driver_too_old",
+                "",
+                f"the NVIDIA driver is {version}, and the vLLM to be deployed wants {wanted.min_driver} or newer: "
+                f"install a driver of branch {wanted.min_driver.partition('.')[0]} or newer, or deploy an older vLLM",
+            )
+    elif wanted.vllm_version:
+        complaint = driver_complaint(wanted.vllm_version, version)
+        if complaint:
+            yield "driver_too_old", "", complaint
 
 
 def _nvlink(facts: Facts, wanted: Wanted) -> Iterator[tuple[str, str, str]]:

@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ._checkpoint import RECORDS, read_record
+from ._driver import PciGpu
 from ._gpu_info import Gpu
+from ._host import match_gpus
+from ._memory_budget import MemoryPlanError, device_by_name
 from ._structure import inspect
 
 #: Files that limit the memory of all processes here: control groups of version 2 and 1.
@@ -41,6 +44,58 @@ def gpu_devices(gpus: Iterable[Gpu], own_uids: Collection[int]) -> list[dict[str
             }
         )
     return devices
+
+
+class BusDevices(NamedTuple):
+    """GPUs as gpu_devices gives them, what is wrong with the declared ones, and what to tell besides."""
+
+    devices: list[dict[str, Any]]
+    errors: list[str]
+    notes: list[str]
+
+
+def bus_devices(gpus: Sequence[PciGpu], declared: Mapping[str, Iterable[int | str]]) -> BusDevices:
+    """The GPUs while no driver can be asked: by the PCI bus, whose order is that of nvidia-smi's indexes.
+
+    ``declared`` are the GPUs of each instance by its name. Where one of them is not there or cannot be planned for,
+    there are no devices. Sizes in MiB.
+    """
+    seen = ", ".join(f"{index} {gpu.name} ({gpu.address})" for index, gpu in enumerate(gpus))
+    notes = [f"the GPUs are taken from the PCI bus, before the driver is installed: {seen}"]
+    devices = []
+    for index, gpu in enumerate(gpus):
+        try:
+            total = device_by_name(gpu.name).total_mib
+        except MemoryPlanError:
+            notes.append(
+                f"GPU {index} ({gpu.name}) is left out of the memory plan until the driver is installed, as how much "
+                "memory such a board has is not known here"
+            )
+            continue
+        devices.append(
+            {
+                "index": index,
+                "uuid": "",
+                "name": gpu.name,
+                "total_mib": total,
+                "reserved_mib": -1,
+                "free_mib": -1,
+                "processes": [],
+            }
+        )
+    by_index: dict[str, list[int | str]] = {}
+    for name, wanted in declared.items():
+        by_index[name] = [gpu for gpu in wanted if isinstance(gpu, int)]
+        notes += [
+            f"GPU {gpu} of instance {name} is looked up, and planned for, once the driver is installed, as only the "
+            "driver knows UUIDs"
+            for gpu in wanted
+            if not isinstance(gpu, int)
+        ]
+    errors = match_gpus(by_index, {index: gpu.address for index, gpu in enumerate(gpus)})[1]
+    planned = {device["index"] for device in devices}
+    complete = all(gpu in planned for wanted in declared.values() for gpu in wanted)
+    return BusDevices(devices if complete and not errors else [], errors, notes)
 
 
 def memory_device(meminfo: str, limits: Iterable[str] = ()) -> dict[str, Any]:

@@ -49,10 +49,25 @@ options:
     description: Longest time (s) that one call of nvidia-smi may take.
     type: float
     default: 20
-  min_driver:
-    description: Oldest driver that the declared vLLM runs on; empty for no such check.
+  version:
+    description: Version of vLLM to be deployed, which decides which driver is new enough; empty for no such check.
     type: str
     default: ""
+  min_driver:
+    description: Oldest driver that is taken, in place of the one that O(version) wants.
+    type: str
+    default: ""
+  driver_managed:
+    description:
+      - Whether role C(cuda) is going to install the driver and to set up the GPUs after this check. What it mends is
+        then told as a note, and no reason to stop.
+      - Where the driver cannot be asked yet, the GPUs are taken from the PCI bus.
+    type: bool
+    default: false
+  sys:
+    description: Where the kernel shows the PCI bus.
+    type: path
+    default: /sys
   severities:
     description: Severity by rule (V(error), V(warning), V(note), V(ignore)), as M(nvl.vllm.gpu_info) takes it.
     type: dict
@@ -92,12 +107,14 @@ errors:
   type: list
   elements: str
 gpus:
-  description: UUIDs of each instance's GPUs, by name of the instance.
+  description: UUIDs of each instance's GPUs, by name of the instance. Empty where the driver cannot be asked.
   returned: always
   type: dict
   sample: {"primary": ["GPU-8a6f1c0e-0000-0000-0000-000000000000"]}
 findings:
-  description: What is not as it should be about the GPUs, as M(nvl.vllm.gpu_info) returns it.
+  description:
+    - What is not as it should be about the GPUs, as M(nvl.vllm.gpu_info) returns it.
+    - Where RV(provisional), also notes of rule V(provisional) on what the PCI bus tells and what it does not.
   returned: always
   type: list
   elements: dict
@@ -115,9 +132,14 @@ calibration:
   returned: always
   type: dict
 gpu_problem:
-  description: Why the host's GPUs could not be listed; in check mode on a bare host no error.
+  description:
+    - Why the driver could not list the host's GPUs; in check mode on a bare host, and with O(driver_managed), no error.
   returned: always
   type: str
+provisional:
+  description: Whether the GPUs were taken from the PCI bus, as there is no driver yet.
+  returned: always
+  type: bool
 """
 
 import os
@@ -130,8 +152,11 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.nvl.vllm.plugins.module_utils import _gpu_health, _gpu_info, _host
 from ansible_collections.nvl.vllm.plugins.module_utils._calibration import host_figures
+from ansible_collections.nvl.vllm.plugins.module_utils._compatibility import UnknownRelease, build_of, version_parts
+from ansible_collections.nvl.vllm.plugins.module_utils._driver import pci_gpus
 from ansible_collections.nvl.vllm.plugins.module_utils._plan_inputs import (
     LIMITS,
+    bus_devices,
     checkpoint_facts,
     gpu_devices,
     memory_device,
@@ -157,7 +182,10 @@ def main():
             "required_space": {"type": "int", "required": True},
             "model": {"type": "dict", "default": {}},
             "timeout": {"type": "float", "default": 20.0},
+            "version": {"type": "str", "default": ""},
             "min_driver": {"type": "str", "default": ""},
+            "driver_managed": {"type": "bool", "default": False},
+            "sys": {"type": "path", "default": "/sys"},
             "severities": {"type": "dict", "default": {}},
             "fail": {"type": "bool", "default": True},
         },
@@ -167,6 +195,11 @@ def main():
     instances = params["instances"]
     errors = []
     complaints = _gpu_health.severity_complaints(params["severities"])
+    if params["min_driver"]:
+        try:
+            version_parts(params["min_driver"])
+        except ValueError as error:
+            complaints.append(f"gpu_preflight_min_driver cannot be read: {error}")
     if complaints:
         module.fail_json(msg="\n".join(complaints))
 
@@ -205,18 +238,40 @@ def main():
         own_uid = None
     errors += _host.foreign_listeners({instance["name"]: instance["port"] for instance in instances}, own_uid)
 
-    result: dict[str, Any] = {"gpus": {}, "gpu_problem": "", "findings": [], "devices": []}
+    result: dict[str, Any] = {"gpus": {}, "gpu_problem": "", "findings": [], "devices": [], "provisional": False}
     if params["device"] == "cuda":
         facts = _gpu_info.read(timeout=params["timeout"])
         own_uids = [] if own_uid is None else [own_uid]
-        wanted = _gpu_health.Wanted(min_driver=params["min_driver"], own_uids=own_uids)
+        release = params["version"]
+        if release and not params["min_driver"]:
+            try:
+                build_of(release)
+            except UnknownRelease as error:
+                errors.append(f"{error}, or set gpu_preflight_min_driver to the oldest driver that it runs on")
+                release = ""
+        wanted = _gpu_health.Wanted(min_driver=params["min_driver"], vllm_version=release, own_uids=own_uids)
         findings = _gpu_health.findings(facts, wanted, params["severities"])
-        if facts.problem and module.check_mode:
+        declared = {instance["name"]: instance["gpus"] for instance in instances}
+        if params["driver_managed"]:
+            findings = _gpu_health.before_driver(findings, facts.cause)
+            result["provisional"] = bool(facts.problem) and facts.cause not in _gpu_health.UNMENDED_CAUSES
+        elif facts.problem and module.check_mode:
             # A bare host is to be looked at before it has a driver.
             findings = [finding for finding in findings if finding.rule != "driver_unavailable"]
         present = {gpu.index: gpu.uuid for gpu in facts.gpus if gpu.index is not None and gpu.uuid}
-        if not facts.problem:
-            result["gpus"], missing = _host.match_gpus({i["name"]: i["gpus"] for i in instances}, present)
+        if result["provisional"]:
+            on_bus = pci_gpus(params["sys"])
+            if on_bus:
+                result["devices"], missing, notes = bus_devices(on_bus, declared)
+                errors += missing
+                findings += [_gpu_health.Finding("provisional", "note", "", note) for note in notes]
+            else:
+                errors.append(
+                    "vllm_device is cuda, and the host has no NVIDIA GPU on its PCI bus: see lspci -d 10de:, put one "
+                    "in or pass one through to this virtual machine, or set vllm_device to cpu"
+                )
+        elif not facts.problem:
+            result["gpus"], missing = _host.match_gpus(declared, present)
             errors += missing
             # Without its GPUs there is nothing to plan.
             result["devices"] = [] if missing else gpu_devices(facts.gpus, own_uids)

@@ -16,6 +16,8 @@ PAIR = [{"name": "primary", "port": 8001, "gpus": [0]}, {"name": "secondary", "p
 #: The guide's deployment. The container's disk is not what is asked about.
 GUIDE: dict[str, Any] = {
     "vllm_device": "cuda",
+    # What the driver's role would mend is no error where it is going to run.
+    "cuda_driver_source": "host",
     "vllm_arguments": {},
     "vllm_environment": {},
     "vllm_instances": PAIR,

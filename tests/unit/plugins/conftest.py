@@ -9,7 +9,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from ansible.module_utils import basic
+from ansible.module_utils import _internal, basic
 from ansible.module_utils.common import warnings
 
 MODEL = "gpt-oss-120b"
@@ -345,6 +345,8 @@ def run_module(monkeypatch, capsys):
         monkeypatch.setattr(basic, "_ANSIBLE_PROFILE", "legacy")
         # A module is a process of its own; here its warnings would go on to the next one's result.
         monkeypatch.setattr(warnings, "_global_warnings", {})
+        # True where the tests of a filter were imported before, and then warnings would go to the terminal.
+        monkeypatch.setattr(_internal, "is_controller", False)
         with pytest.raises(SystemExit):
             main()
         return json.loads(capsys.readouterr().out)

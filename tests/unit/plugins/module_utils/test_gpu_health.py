@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from ansible_collections.nvl.vllm.plugins.module_utils import _gpu_health
+from ansible_collections.nvl.vllm.plugins.module_utils import _gpu_health, _gpu_info
 from ansible_collections.nvl.vllm.plugins.module_utils._gpu_health import Baseline, Wanted
 from ansible_collections.nvl.vllm.plugins.module_utils._gpu_info import Facts, Gpu, Host, Process, Xid
 
@@ -381,6 +381,30 @@ def test_driver_too_old(driver, wanted, old):
     assert all("install a driver of branch 580 or newer" in finding.sentence for finding in found)
 
 
+@pytest.mark.parametrize(
+    ("driver", "vllm", "old"),
+    [
+        ("575.57.08", "0.33.0", True),
+        ("580.65.05", "0.33.0", True),
+        ("580.65.06", "0.33.0", False),
+        ("575.57.08", "0.19.1", False),
+        ("470.57.02", "", False),
+    ],
+)
+def test_which_driver_is_too_old_is_known_by_the_version_of_vllm(driver, vllm, old):
+    host = replace(HOST, driver_version=driver, kernel_module_version=driver)
+    found = find(Wanted(vllm_version=vllm), host)
+    assert [finding[:3] for finding in found] == ([("driver_too_old", "error", "")] if old else [])
+    assert all(f"driver is {driver}, which is too old for vLLM 0.33.0" in finding.sentence for finding in found)
+    assert all("CUDA 13.0, which wants driver 580.65.06 or newer" in finding.sentence for finding in found)
+
+
+def test_a_driver_that_the_operator_takes_wins_over_the_version_of_vllm():
+    host = replace(HOST, driver_version="575.57.08", kernel_module_version="575.57.08")
+    assert find(Wanted(min_driver="575", vllm_version="0.33.0"), host) == []
+    assert "wants 600 or newer" in find(Wanted(min_driver="600", vllm_version="0.19.0"), host)[0].sentence
+
+
 def test_the_loaded_module_tells_an_old_driver_where_nvidia_smi_does_not_work():
     host = Host(kernel_module_version="535.216.01")
     found = _gpu_health.findings(Facts([], host, "it hangs", "hang"), Wanted(min_driver="580"))
@@ -413,6 +437,57 @@ def test_values_that_fail_are_told_and_values_that_there_are_not_are_not():
     head, sentence = only(problems=["fan_speed is N/A", "temperature/gpu_temp is ERR!", "uuid is Unknown Error"])
     assert head == ("unreadable", "warning", FIRST)
     assert "(temperature/gpu_temp is ERR!, uuid is Unknown Error)" in sentence
+
+
+# Before role cuda has run
+
+
+def test_what_role_cuda_mends_is_a_note_before_it_has_run():
+    host = replace(HOST, driver_version="575.57.08")  # and another kernel module
+    changes = {"mig_mode": "Enabled", "persistence_mode": "Disabled", "remap_failure": True}
+    found = find(Wanted(vllm_version="0.33.0"), host, **changes)
+    errors = {"driver_library_mismatch", "driver_too_old", "remap_failure", "mig_enabled"}
+    assert {finding.rule for finding in found if finding.severity == "error"} == errors
+    eased = _gpu_health.before_driver(found)
+    assert [(finding.rule, finding.severity) for finding in eased] == [
+        ("remap_failure", "error"),
+        ("driver_library_mismatch", "note"),
+        ("driver_too_old", "note"),
+        ("mig_enabled", "note"),
+        ("persistence_off", "note"),
+    ]
+    assert {finding.sentence.endswith(" (role cuda sees to it)") for finding in eased[1:]} == {True}
+    assert "role cuda" not in eased[0].sentence
+
+
+@pytest.mark.parametrize(
+    ("cause", "severity"),
+    [
+        ("missing", "note"),
+        ("not_loaded", "note"),
+        ("nvml_missing", "note"),
+        ("mismatch", "note"),
+        ("driver", "note"),
+        ("hang", "error"),
+        ("power_cable", "error"),
+        ("permission", "error"),
+    ],
+)
+def test_a_driver_that_does_not_answer_is_an_obstacle_only_where_no_driver_helps(cause, severity):
+    found = _gpu_health.before_driver(_gpu_health.findings(Facts([], Host(), "the sentence", cause)), cause)
+    assert [finding.severity for finding in found] == [severity]
+
+
+def test_an_old_driver_that_hangs_is_still_replaced():
+    facts = Facts([], Host(kernel_module_version="535.216.01"), "it hangs", "hang")
+    found = _gpu_health.before_driver(_gpu_health.findings(facts, Wanted(vllm_version="0.33.0")), "hang")
+    assert [finding[:2] for finding in found] == [("driver_unavailable", "error"), ("driver_too_old", "note")]
+
+
+def test_the_rules_and_causes_that_are_mended_or_not_are_known_ones():
+    assert set(_gpu_health.MENDED) <= set(_gpu_health.RULES)
+    known = {cause for cause, _ in _gpu_info._CAUSES.values()} | {_gpu_info.hang(1).cause, _gpu_info.MISSING.cause}
+    assert set(_gpu_health.UNMENDED_CAUSES) <= known
 
 
 # Severities

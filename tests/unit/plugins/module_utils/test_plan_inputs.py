@@ -5,8 +5,15 @@ from __future__ import annotations
 import json
 import struct
 
+from ansible_collections.nvl.vllm.plugins.module_utils._driver import PciGpu
 from ansible_collections.nvl.vllm.plugins.module_utils._gpu_info import Gpu, Process
-from ansible_collections.nvl.vllm.plugins.module_utils._plan_inputs import checkpoint_facts, gpu_devices, memory_device
+from ansible_collections.nvl.vllm.plugins.module_utils._memory_budget import Device
+from ansible_collections.nvl.vllm.plugins.module_utils._plan_inputs import (
+    bus_devices,
+    checkpoint_facts,
+    gpu_devices,
+    memory_device,
+)
 
 OURS = 998
 GPU = Gpu(
@@ -54,6 +61,79 @@ def test_what_others_hold_is_not():
 
 def test_a_lost_gpu_is_no_device():
     assert gpu_devices([Gpu(pci="00000000:AE:00.0", lost=True)], [OURS]) == []
+
+
+# Before there is a driver
+
+FIRST = PciGpu("0000:ad:00.0", "2321", "NVIDIA H100 NVL")
+SECOND = PciGpu("0000:ae:00.0", "2321", "NVIDIA H100 NVL")
+STRANGE = PciGpu("0000:af:00.0", "ffff", "NVIDIA device 10de:ffff")
+SEEN = (
+    "the GPUs are taken from the PCI bus, before the driver is installed: 0 NVIDIA H100 NVL (0000:ad:00.0), "
+    "1 NVIDIA H100 NVL (0000:ae:00.0)"
+)
+
+
+def test_gpus_on_the_bus_are_idle_boards_of_their_name():
+    devices, errors, notes = bus_devices([FIRST, SECOND], {"primary": [0], "secondary": [1]})
+    assert devices == [
+        {
+            "index": index,
+            "uuid": "",
+            "name": "NVIDIA H100 NVL",
+            "total_mib": 95830,
+            "reserved_mib": -1,
+            "free_mib": -1,
+            "processes": [],
+        }
+        for index in (0, 1)
+    ]
+    assert (errors, notes) == ([], [SEEN])
+
+
+def test_a_board_on_the_bus_is_planned_as_the_driver_would_tell_it():
+    (device,) = bus_devices([FIRST], {"primary": [0]}).devices
+    keys = ("index", "name", "total_mib", "reserved_mib", "free_mib")
+    planned = Device(**{key: device[key] for key in keys})
+    told = Device(0, "NVIDIA H100 NVL", 95830, reserved_mib=594, free_mib=95235)
+    assert abs(planned.total_gib - told.total_gib) < 0.1
+    assert planned.foreign_gib == 0
+
+
+def test_a_declared_gpu_that_is_not_on_the_bus_is_an_error_and_there_is_no_plan():
+    devices, errors, _ = bus_devices([FIRST, SECOND], {"primary": [0], "secondary": [2]})
+    assert devices == []
+    assert errors == ["GPU 2 of instance secondary is not there: the host has 0 (0000:ad:00.0), 1 (0000:ae:00.0)"]
+
+
+def test_a_gpu_that_is_declared_twice_is_an_error():
+    devices, errors, _ = bus_devices([FIRST], {"primary": [0, 0]})
+    assert devices == []
+    assert errors == ["GPU 0 of instance primary is 0000:ad:00.0, which it has already: name each GPU once"]
+
+
+def test_a_gpu_that_is_declared_by_uuid_is_no_error_but_cannot_be_planned():
+    devices, errors, notes = bus_devices([FIRST, SECOND], {"primary": [0], "secondary": ["GPU-5d1c"]})
+    assert (devices, errors) == ([], [])
+    assert notes == [
+        SEEN,
+        "GPU GPU-5d1c of instance secondary is looked up, and planned for, once the driver is installed, as only the "
+        "driver knows UUIDs",
+    ]
+
+
+def test_an_unknown_board_that_nobody_uses_is_left_out():
+    devices, errors, notes = bus_devices([STRANGE, FIRST], {"primary": [1]})
+    assert ([device["index"] for device in devices], errors) == ([1], [])
+    assert notes[1:] == [
+        "GPU 0 (NVIDIA device 10de:ffff) is left out of the memory plan until the driver is installed, as how much "
+        "memory such a board has is not known here"
+    ]
+
+
+def test_an_unknown_board_that_is_declared_leaves_no_plan():
+    devices, errors, notes = bus_devices([STRANGE, SECOND], {"primary": [0], "secondary": [1]})
+    assert (devices, errors, len(notes)) == ([], [], 2)
 
 
 def test_memory_is_that_of_the_host_or_of_its_limit():

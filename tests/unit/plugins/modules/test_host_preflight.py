@@ -60,6 +60,25 @@ def preflight(tmp_path, monkeypatch, run_module, free_ports):
     return run
 
 
+@pytest.fixture
+def bus(tmp_path):
+    """Writes a stand-in for /sys that shows GPUs by their PCI device ids, and returns its path."""
+
+    def write(*devices):
+        for number, device in enumerate(devices):
+            folder = tmp_path / f"sys/bus/pci/devices/0000:{0xAD + number:x}:00.0"
+            folder.mkdir(parents=True)
+            for name, value in (("vendor", "0x10de"), ("device", f"0x{device}"), ("class", "0x030200")):
+                (folder / name).write_text(f"{value}\n")
+        return str(tmp_path / "sys")
+
+    return write
+
+
+def notes(result):
+    return [one["sentence"] for one in result["findings"] if one["severity"] == "note"]
+
+
 def only_error(result):
     """The one thing that the module found."""
     assert result["failed"] is True
@@ -214,3 +233,101 @@ def test_findings_are_returned_where_they_shall_not_fail(preflight):
     result = preflight(required_space=2**40, fail=False)
     assert "failed" not in result
     assert len(result["errors"]) == 1
+
+
+# Before role cuda has installed the driver
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+def test_a_host_without_driver_is_planned_from_the_pci_bus_where_role_cuda_will_install_it(preflight, bus, check_mode):
+    (preflight.folder / "bin/nvidia-smi").unlink()
+    result = preflight(check_mode=check_mode, driver_managed=True, sys=bus("2321", "2321"), version="0.32.0")
+    assert "failed" not in result
+    assert (result["provisional"], result["gpus"], result["errors"]) == (True, {}, [])
+    assert result["gpu_problem"] == "nvidia-smi is not there: install the NVIDIA driver"
+    assert [(one["index"], one["total_mib"], one["free_mib"]) for one in result["devices"]] == [
+        (0, 95830, -1),
+        (1, 95830, -1),
+    ]
+    assert {one["severity"] for one in result["findings"]} == {"note"}
+    told, seen = notes(result)
+    assert told == "nvidia-smi is not there: install the NVIDIA driver (role cuda sees to it)"
+    assert seen.startswith("the GPUs are taken from the PCI bus, before the driver is installed: 0 ")
+
+
+def test_without_role_cuda_the_bus_is_not_looked_at(preflight, bus):
+    (preflight.folder / "bin/nvidia-smi").unlink()
+    result = preflight(sys=bus("2321", "2321"), fail=False)
+    assert (result["provisional"], result["devices"]) == (False, [])
+    assert result["errors"] == ["nvidia-smi is not there: install the NVIDIA driver"]
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+def test_a_host_without_a_gpu_is_an_error_before_any_driver_is_installed(preflight, check_mode):
+    (preflight.folder / "bin/nvidia-smi").unlink()
+    result = preflight(check_mode=check_mode, driver_managed=True, sys=str(preflight.folder / "sys"))
+    assert only_error(result).startswith("vllm_device is cuda, and the host has no NVIDIA GPU on its PCI bus: ")
+    assert result["devices"] == []
+
+
+def test_a_declared_gpu_must_be_on_the_bus(preflight, bus):
+    (preflight.folder / "bin/nvidia-smi").unlink()
+    error = only_error(preflight(driver_managed=True, sys=bus("2321")))
+    assert error == "GPU 1 of instance secondary is not there: the host has 0 (0000:ad:00.0)"
+
+
+def test_a_gpu_that_is_declared_by_uuid_waits_for_the_driver(preflight, bus):
+    (preflight.folder / "bin/nvidia-smi").unlink()
+    result = preflight(driver_managed=True, sys=bus("2321", "2321"), gpus=([0], [SECOND]))
+    assert "failed" not in result
+    assert result["devices"] == []
+    assert any(SECOND in sentence for sentence in notes(result))
+
+
+def test_a_driver_that_answers_is_asked_also_where_role_cuda_will_change_it(preflight, bus, monkeypatch):
+    monkeypatch.setenv("NVIDIA_SMI_STATE", "driver535")
+    assert "CUDA 13.0, which wants driver 580.65.06 or newer" in only_error(preflight(version="0.32.0"))
+    result = preflight(driver_managed=True, sys=bus("2321"), version="0.32.0")
+    assert "failed" not in result
+    assert (result["provisional"], result["gpus"]) == (False, {"primary": [FIRST], "secondary": [SECOND]})
+    (told,) = [one for one in result["findings"] if one["rule"] == "driver_too_old"]
+    assert told["severity"] == "note"
+    assert told["sentence"].endswith(" (role cuda sees to it)")
+
+
+def test_mig_is_left_to_role_cuda(preflight, monkeypatch):
+    monkeypatch.setenv("NVIDIA_SMI_STATE", "mig")
+    result = preflight(driver_managed=True)
+    assert "failed" not in result
+    assert ("mig_enabled", "note") in {(one["rule"], one["severity"]) for one in result["findings"]}
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+def test_a_driver_that_hangs_is_an_error_also_where_role_cuda_will_change_it(preflight, bus, check_mode):
+    preflight.program("nvidia-smi", f"exec {sys.executable} -c 'import time; time.sleep(20)'")
+    result = preflight(check_mode=check_mode, driver_managed=True, sys=bus("2321", "2321"), timeout=0.3)
+    assert "did not answer within 0.3 s" in only_error(result)
+    assert result["provisional"] is False
+
+
+def test_the_oldest_driver_follows_from_the_version_unless_it_is_given(preflight, monkeypatch):
+    monkeypatch.setenv("NVIDIA_SMI_STATE", "driver535")
+    assert "failed" not in preflight()
+    assert "failed" not in preflight(version="0.19.1")
+    assert "failed" not in preflight(version="0.32.0", min_driver="535")
+    assert "wants 580 or newer" in only_error(preflight(version="0.19.1", min_driver="580"))
+
+
+def test_a_vllm_that_is_too_old_to_be_known_wants_a_decision(preflight):
+    assert only_error(preflight(version="0.9.2")).endswith(
+        "deploy 0.10.0 or newer, or set gpu_preflight_min_driver to the oldest driver that it runs on"
+    )
+    assert "failed" not in preflight(version="0.9.2", min_driver="535")
+    assert "failed" not in preflight(version="0.9.2", device="cpu", gpus=([], []))
+
+
+def test_an_oldest_driver_that_is_no_version_is_refused(preflight):
+    assert preflight(min_driver="latest")["msg"] == (
+        "gpu_preflight_min_driver cannot be read: the version is 'latest': wanted numbers with dots between them, such "
+        "as 580.95.05"
+    )
