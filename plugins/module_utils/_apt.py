@@ -24,12 +24,15 @@ class Step(NamedTuple):
     after: str
 
 
-def offers(madison: str) -> dict[str, list[str]]:
-    """Versions on offer by package, best first, from the output of ``apt-cache madison``."""
+def offers(madison: str, repository: str) -> dict[str, list[str]]:
+    """Versions that a repository (URI) offers by package, best first, from the output of ``apt-cache madison``.
+
+    Others can have packages of the same names: Ubuntu's archive has its own builds of the driver.
+    """
     found: dict[str, list[str]] = {}
     for line in madison.splitlines():
         columns = [column.strip() for column in line.split("|")]
-        if len(columns) == 3:
+        if len(columns) == 3 and columns[2].split()[0].rstrip("/") == repository.rstrip("/"):
             versions = found.setdefault(columns[0], [])
             if columns[1] not in versions:
                 versions.append(columns[1])

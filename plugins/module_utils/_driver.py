@@ -69,8 +69,13 @@ _MOK_UBUNTU = "/var/lib/shim-signed/mok/MOK.der"
 
 _FAMILY = re.compile(
     r"nvidia-(?!container|cuda-|docker)|libnvidia-(?!container)|(?:libcuda1|libcudadebugger1|libnvcuvid1)(?::|$)"
-    r"|firmware-nvidia|cuda-drivers|xserver-xorg-video-nvidia|linux-(?:modules|objects|signatures)-nvidia-"
+    r"|libnvoptix|libnvsdm|libxnvctrl|lib(?:egl|glx|gles)-nvidia|firmware-nvidia|cuda-drivers|xserver-xorg-video-nvidia"
+    r"|linux-(?:modules|objects|signatures)-nvidia-"
 )
+#: What a module is built with; it comes along with the driver.
+_BUILD = re.compile(r"(?:dkms|make|binutils.*|(?:gcc|g\+\+|cpp).*|libc6?-dev.*|linux-(?:headers|kbuild|libc-dev).*)$")
+#: A package that follows the distribution's kernels, not one of a single kernel or its debug symbols.
+_KERNELS = re.compile(r"linux-image-((?!\d|unsigned|extra)(?:(?!-dbg).)+)$")
 #: Canonical's modules, which have the version of the kernel that they are for.
 _PREBUILT = re.compile(r"linux-(?:modules|objects|signatures)-nvidia-")
 #: 535.261.03 and 570.26, but not what goes its own way, such as 20220217+3~deb12u1 of nvidia-support.
@@ -143,11 +148,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Kernel:
-    """The running kernel, whether modules can be built for it, and the kind of container that this is, or nothing."""
+    """The running kernel, whether modules can be built for it, and the kind of container that this is, or nothing.
+
+    ``header_packages`` are needed to build modules for it and for the kernels that upgrades of the host bring.
+    """
 
     release: str
     headers: bool
     container: str = ""
+    header_packages: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -166,15 +175,17 @@ class Mok:
 class Facts:
     """What was found.
 
-    ``loaded`` and ``on_disk`` are versions of the kernel module ``nvidia``: in the running kernel, and
-    what it would load. ``broken`` names packages of any kind, because one is enough to stop apt.
-    ``runfile`` is what shows that NVIDIA's .run installer was used. ``own_uris`` are those of the
-    role's own apt source.
+    ``nouveau`` is whether the kernel's own module has a GPU, ``unload`` names the modules that are to go
+    before another version comes, in this order. ``loaded`` and ``on_disk`` are versions of the kernel
+    module ``nvidia``: in the running kernel, and what it would load. ``broken`` names packages of any
+    kind, because one is enough to stop apt. ``runfile`` is what shows that NVIDIA's .run installer was
+    used. ``own_uris`` are those of the role's own apt source.
     """
 
     kernel: Kernel
     loaded: str = ""
     nouveau: bool = False
+    unload: list[str] = field(default_factory=list)
     on_disk: str = ""
     packages: list[Package] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
@@ -329,6 +340,39 @@ def of_nvidia(uri: str) -> bool:
     return parts.hostname == "developer.download.nvidia.com" and parts.path.startswith("/compute/cuda/")
 
 
+def header_packages(release: str, installed: Iterable[str]) -> list[str]:
+    """Headers of the running kernel, and the packages that follow the ones which the host's kernel packages follow."""
+    followed = [match[1] for match in map(_KERNELS.match, installed) if match]
+    return [f"linux-headers-{name}" for name in [release, *sorted(followed)]]
+
+
+def unloading(sys: str = "/sys") -> list[str]:
+    """NVIDIA's modules that are loaded, with what builds on them (GPUDirect and the like), and an idle nouveau.
+
+    Each after those that use it, as the kernel wants them removed.
+    """
+    order: list[str] = []
+
+    def visit(name: str) -> None:
+        folder = f"{sys}/module/{name}"
+        if name in order or not os.path.isdir(folder):
+            return
+        for holder in sorted(os.listdir(f"{folder}/holders")) if os.path.isdir(f"{folder}/holders") else []:
+            visit(holder)
+        order.append(name)
+
+    for name in ("nvidia_drm", "nvidia_modeset", "nvidia_uvm", "nvidia_peermem", "nvidia"):
+        visit(name)
+    if not _has_gpu(sys):
+        visit("nouveau")
+    return order
+
+
+def _has_gpu(sys: str) -> bool:
+    """Whether the module nouveau drives a device. It can be loaded for a board that it does not know."""
+    return bool(glob.glob(f"{sys}/bus/pci/drivers/nouveau/*:*:*.*"))
+
+
 def gpu_users(proc: str = "/proc") -> list[User]:
     """The processes that have a GPU open, but for the persistence daemon, which goes along with the driver."""
     found = []
@@ -475,13 +519,15 @@ def read(
     kernel = load.kernel()
     on_disk = load.on_disk(kernel.release)
     packages = load.packages()
+    kernel = replace(kernel, header_packages=header_packages(kernel.release, [package.name for package in packages]))
     reboot_required, reboot_packages = load.reboot()
     entries = apt_entries(paths.apt)
     own = [entry for entry in entries if os.path.normpath(entry.file) == os.path.normpath(own_source)]
     return Facts(
         kernel=kernel,
         loaded=read_text(f"{paths.sys}/module/nvidia/version").strip(),
-        nouveau=os.path.isdir(f"{paths.sys}/module/nouveau"),
+        nouveau=_has_gpu(paths.sys),
+        unload=unloading(paths.sys),
         on_disk=on_disk,
         packages=load.origins(family(packages, on_disk)),
         broken=[package.name for package in packages if package.broken],
@@ -608,7 +654,7 @@ def refusals(facts: Facts, version: str, repository: str = "") -> list[str]:
                 "cuda-keyring), or set cuda_driver_source: host"
             )
     # What was left of the driver's own packages by an interrupted run is set right by the next one.
-    broken = [name for name in facts.broken if not is_family(name)]
+    broken = [name for name in facts.broken if not is_family(name) and not _BUILD.match(name)]
     if broken:
         found.append(
             f"the packages {_some(broken)} are not completely installed, so apt cannot install anything: run "

@@ -94,15 +94,25 @@ kernel:
       description: The kind of container that this is, whose kernel is its host's; empty for none.
       type: str
       sample: ""
+    header_packages:
+      description: Packages that modules are built with, for this kernel and those that upgrades bring.
+      type: list
+      elements: str
+      sample: [linux-headers-6.1.0-37-amd64, linux-headers-amd64]
 loaded:
   description: Version of the kernel module C(nvidia) that is loaded; empty for none.
   returned: success
   type: str
   sample: 580.95.05
 nouveau:
-  description: Whether the kernel's own module for NVIDIA's GPUs is loaded, which keeps the driver out.
+  description: Whether the kernel's own module has a GPU of NVIDIA's, which keeps the driver out.
   returned: success
   type: bool
+unload:
+  description: Modules that are to be removed before another version is loaded, in this order.
+  returned: success
+  type: list
+  elements: str
 on_disk:
   description: Version of the module that the running kernel would load; empty for none.
   returned: success

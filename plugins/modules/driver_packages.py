@@ -26,6 +26,14 @@ options:
     description: The driver's version, without the distribution's revision, such as V(580.95.05).
     type: str
     required: true
+  repository:
+    description: URI of the repository that they come from. Packages of the same names from others are not taken.
+    type: str
+    required: true
+  preferences:
+    description: File of apt's preferences that holds the pin of the version before. It is left out here.
+    type: path
+    required: true
   pin:
     description: Patterns of names, as apt's preferences take them, of packages that come at this version or not at all.
     type: list
@@ -61,7 +69,9 @@ EXAMPLES = r"""
   nvl.vllm.driver_packages:
     names: [nvidia-driver-cuda, nvidia-kernel-open-dkms]
     version: 580.95.05
+    repository: https://developer.download.nvidia.com/compute/cuda/repos/debian12/x86_64/
     pin: [nvidia-*, libnvidia-*, libcuda1]
+    preferences: /etc/apt/preferences.d/nvl-vllm-cuda
 """
 
 RETURN = r"""
@@ -83,7 +93,9 @@ files:
   elements: str
 """
 
+import glob
 import os
+import shutil
 import socket
 import tempfile
 
@@ -91,6 +103,8 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.nvl.vllm.plugins.module_utils import _apt, _driver
 
 APT = ["apt-get", "--assume-yes", "--no-install-recommends", "--allow-downgrades", "--allow-change-held-packages"]
+#: Seconds to wait for another apt, such as that of unattended-upgrades.
+APT.append("--option=DPkg::Lock::Timeout=300")
 #: A changed configuration file of a package stays as it is.
 CONFIGURATION = ["-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold"]
 ENVIRONMENT = {
@@ -101,12 +115,37 @@ ENVIRONMENT = {
 }
 
 
+def objections(steps, version, held):
+    """What must not happen beside the installation of the driver, one sentence each. ``held`` are names."""
+    found = []
+    for step in steps:
+        ours = _driver.is_family(step.name)
+        if step.name in held and not ours:
+            found.append(
+                f"{step.name} {step.before} is held (apt-mark showhold) and would be changed for the driver {version}: "
+                "release it, or declare another cuda_driver_version"
+            )
+        elif not step.after and not ours:
+            found.append(
+                f"{step.name} {step.before} does not belong to the driver {version} and would be removed for it: remove "
+                "it yourself, or declare another cuda_driver_version"
+            )
+        elif ours and _driver.other_driver_version(_apt.upstream(step.after), version):
+            found.append(
+                f"{step.name} {step.after} would come with the driver {version}, and all of a driver must be of one "
+                "version: declare another cuda_driver_version"
+            )
+    return found
+
+
 def main():
     module = AnsibleModule(
         argument_spec={
             "names": {"type": "list", "elements": "str", "required": True},
             "version": {"type": "str", "required": True},
+            "repository": {"type": "str", "required": True},
             "pin": {"type": "list", "elements": "str", "required": True},
+            "preferences": {"type": "path", "required": True},
             "others": {"type": "list", "elements": "str", "default": []},
             "local": {"type": "path", "default": ""},
             "timeout": {"type": "float", "default": 1800.0},
@@ -129,15 +168,19 @@ def main():
         # An earlier run was interrupted, or could not build the module. What still fails is told by what follows.
         module.run_command(["dpkg", "--configure", "--pending"])
     deadline = ["timeout", "--kill-after=30", str(params["timeout"])]
-    # The declared version, whatever the host's preferences say: those still name the version before.
-    pin = tempfile.NamedTemporaryFile("w", prefix="driver.", suffix=".pref")  # noqa: SIM115
-    pin.write(f"Package: {' '.join(params['pin'])}\nPin: version {version}-*\nPin-Priority: 1001\n")
-    pin.flush()
-    os.chmod(pin.name, 0o644)  # apt reads as user _apt, too
-    apt = [*APT, "-o", f"Dir::Etc::Preferences={pin.name}", "-o", "Dir::Etc::PreferencesParts=/dev/null"]
+    # The host's own preferences, with the declared version in place of the one before.
+    preferences = tempfile.TemporaryDirectory(prefix="driver.")
+    os.chmod(preferences.name, 0o755)  # apt reads as user _apt, too
+    for path in glob.glob("/etc/apt/preferences.d/*"):
+        if os.path.basename(path) != os.path.basename(params["preferences"]):
+            shutil.copy(path, preferences.name)
+    with open(f"{preferences.name}/driver", "w", encoding="utf-8") as stream:
+        stream.write(f"Package: {' '.join(params['pin'])}\nPin: version {version}-*\nPin-Priority: 1001\n")
+    apt = [*APT, "-o", f"Dir::Etc::PreferencesParts={preferences.name}"]
     # What is there of the driver moves along, if the repository still has it at that version.
     present = [name for name in family if name not in params["names"]]
-    offered = _apt.offers(run(["apt-cache", "madison", *params["names"], *present])[1])
+    madison = run(["apt-cache", "madison", *params["names"], *present])[1]
+    offered = _apt.offers(madison, params["repository"])
     for name, package in family.items():
         offered.setdefault(name, []).append(package.version)
     chosen, complaints = _apt.choose(params["names"], version, offered)
@@ -150,18 +193,7 @@ def main():
     if status:
         fail([f"apt cannot install {' '.join(wanted)}: {_apt.reason(simulation + errors)}"])
     steps = _apt.steps(simulation)
-    is_driver = _driver.is_family
-    complaints = [
-        f"{step.name} {step.before} would be removed for the driver {version}: it does not belong to the driver, so "
-        "nothing is changed; remove it yourself, or declare another cuda_driver_version"
-        for step in steps
-        if not step.after and not is_driver(step.name)
-    ] + [
-        f"{step.name} {step.after} would come with the driver {version}, and all of a driver must be of one version: "
-        "declare another cuda_driver_version"
-        for step in steps
-        if is_driver(step.name) and _driver.other_driver_version(_apt.upstream(step.after), version)
-    ]
+    complaints = objections(steps, version, set(run(["apt-mark", "showhold"])[1].split()))
     if complaints:
         fail(complaints)
     files = []
@@ -183,13 +215,9 @@ def main():
                 fail([f"the driver {version} could not be installed: {why}{hint}. Mend that and run again"])
         family = {package.name: package for package in _driver.installed()}
     after = {name: one for name, one in after.items() if one}
-    held = [
-        name
-        for name, one in after.items()
-        if is_driver(name)
-        and _apt.upstream(one.partition(" ")[0]) == version
-        and not getattr(family.get(name), "held", False)
-    ]
+    # By name or by version, as what "belongs to the driver" means to driver_info.
+    belonging = [name for name, one in after.items() if _apt.upstream(one.split()[0]) == version]
+    held = [name for name in belonging if not (name in family and family[name].held)]
     if held and not module.check_mode:
         module.run_command(["apt-mark", "hold", *held], check_rc=True)
     after.update({name: f"{after[name].partition(' ')[0]} (held)" for name in held})

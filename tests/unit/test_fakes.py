@@ -132,15 +132,16 @@ def test_the_fingerprint_is_the_good_keys(repository):
 
 def test_exact_versions_bring_the_whole_driver_at_that_version(apt, repository):
     apt.update(repository / "good")
-    assert apt.would_install(*(f"{name}={FIRST}-1" for name in CLOSURE)) == dict.fromkeys(CLOSURE, f"{FIRST}-1")
-    assert apt.would_install(*DRIVER) == dict.fromkeys(CLOSURE, f"{SECOND}-1")
+    exact = (f"{name}={FIRST}-1" for name in CLOSURE)
+    assert apt.would_install(*exact) == {**dict.fromkeys(CLOSURE, f"{FIRST}-1"), "dkms": "99"}
+    assert apt.would_install(*DRIVER) == {**dict.fromkeys(CLOSURE, f"{SECOND}-1"), "dkms": "99"}
 
 
 def test_the_metapackage_alone_locks_no_version(apt, repository):
     apt.update(repository / "good")
     found = apt.would_install(f"nvidia-open={FIRST}-1")
     assert found.pop("nvidia-open") == f"{FIRST}-1"
-    assert found == dict.fromkeys(CLOSURE, f"{SECOND}-1")
+    assert found == {**dict.fromkeys(CLOSURE, f"{SECOND}-1"), "dkms": "99"}
 
 
 def test_headers_and_toolkits_do_not_follow_the_driver(apt, repository):
@@ -161,7 +162,8 @@ def test_ubuntu_has_names_with_the_branch(apt, tmp_path):
     assert status == 0, told
     wanted = ("libnvidia-compute-580", "nvidia-utils-580", "nvidia-dkms-580-open", "nvidia-compute-utils-580")
     found = apt.would_install(*wanted, "nvidia-modprobe")
-    assert found == dict.fromkeys((*wanted, "nvidia-modprobe", "nvidia-kernel-common-580"), f"{FIRST}-0ubuntu1")
+    names = (*wanted, "nvidia-modprobe", "nvidia-kernel-common-580")
+    assert found == {**dict.fromkeys(names, f"{FIRST}-0ubuntu1"), "dkms": "99"}
 
 
 def test_debian13_offers_its_key_under_its_own_name(apt, tmp_path):
@@ -172,7 +174,7 @@ def test_debian13_offers_its_key_under_its_own_name(apt, tmp_path):
 
 def test_every_package_says_what_it_is(repository):
     debs = list((repository / "good").glob("*.deb"))
-    assert len(debs) == 6 + 2 * 11
+    assert len(debs) == 7 + 2 * 11
     for deb in debs:
         assert "stand-in for tests" in run("dpkg-deb", "--field", deb, "Description")[1].splitlines()[0], deb.name
 
@@ -329,6 +331,7 @@ def test_nouveau_keeps_the_gpus_for_itself(machine):
     machine.write("run/nvl-stand-in/sys/firmware/has-nouveau")
     assert machine("kernel", "boot") == (0, "loaded nouveau")
     assert machine("modprobe", "nvidia") == (1, "modprobe: ERROR: could not insert 'nvidia': No such device")
+    assert machine("modprobe", "-r", "nouveau") == (1, "modprobe: FATAL: Module nouveau is in use.")
     machine.write("etc/modprobe.d/x.conf", "# ours\nblacklist nouveau\noptions nouveau modeset=0\n")
     assert machine("kernel", "boot") == (0, "loaded nvidia")
     assert machine.loaded == {"nvidia"}

@@ -183,6 +183,11 @@ def test_an_engine_that_holds_a_gpu_is_stopped_and_started_where_that_is_allowed
     assert bookworm.service(unit).is_running
     assert bookworm.check_output(f"systemctl show --property MainPID --value {unit}") != pid
     assert smi(bookworm, "driver_version") == [NEWER] * 2
+    # Also where the run fails later on.
+    status, text = cuda(cuda_stop_engines=True, cuda_gpus=["NVIDIA H100 PCIe"])
+    assert status != 0
+    assert smi(bookworm, "driver_version") == [DECLARED] * 2
+    assert bookworm.service(unit).is_running
     bookworm.run_expect([0], f"systemctl stop {unit}; rm /run/systemd/system/{unit} /dev/nvidia0")
     assert cuda()[0] == 0
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from ansible_collections.nvl.vllm.plugins.module_utils import _apt
 
+REPOSITORY = "http://repo.example/debian12/x86_64/"
 MADISON = """\
 nvidia-driver-cuda | 590.48.01-1 | http://repo.example/debian12/x86_64  Packages
+nvidia-driver-cuda | 585.1.01-1 | http://deb.debian.org/debian bookworm/non-free amd64 Packages
 nvidia-driver-cuda | 580.95.05-1 | http://repo.example/debian12/x86_64  Packages
 libcuda1 | 590.48.01-1ubuntu1 | http://repo.example/debian12/x86_64  Packages
 libcuda1 | 590.48.01-1ubuntu1 | file:/var/cache  Packages
@@ -28,7 +30,7 @@ URIS = """\
 
 
 def test_versions_on_offer():
-    assert _apt.offers(MADISON) == {
+    assert _apt.offers(MADISON, REPOSITORY) == {
         "nvidia-driver-cuda": ["590.48.01-1", "580.95.05-1"],
         "libcuda1": ["590.48.01-1ubuntu1"],
     }
@@ -50,7 +52,7 @@ def test_upstream(version, expected):
 
 def test_a_version_is_chosen_by_what_is_on_offer():
     chosen, complaints = _apt.choose(
-        ["nvidia-driver-cuda", "libcuda1", "nvidia-persistenced"], "580.95.05", _apt.offers(MADISON)
+        ["nvidia-driver-cuda", "libcuda1", "nvidia-persistenced"], "580.95.05", _apt.offers(MADISON, REPOSITORY)
     )
     assert chosen == {"nvidia-driver-cuda": "580.95.05-1"}
     assert complaints == [

@@ -106,7 +106,7 @@ def only(sentences):
 
 
 def test_a_bare_host(host):
-    assert host.read() == Facts(Kernel(RELEASE, False))
+    assert host.read() == Facts(Kernel(RELEASE, False, "", [f"linux-headers-{RELEASE}"]))
 
 
 def test_kernel_headers_are_there_where_the_link_leads_somewhere(host):
@@ -130,7 +130,12 @@ def test_modules(host):
     host.program("modinfo", f'[ "$*" = "-k {RELEASE} -F version nvidia" ] && echo {VERSION}')
     found = host.read()
     assert (found.loaded, found.on_disk, found.nouveau) == ("570.26", VERSION, False)
+    # Loaded for no device, and then for one.
     host.file("sys/module/nouveau/refcnt", "0\n")
+    assert host.read().nouveau is False
+    assert host.read().unload == ["nvidia", "nouveau"]
+    host.file("sys/bus/pci/drivers/nouveau/0000:ad:00.0", "")
+    assert host.read().unload == ["nvidia"]
     assert host.read().nouveau is True
 
 
@@ -868,3 +873,39 @@ def test_what_an_interrupted_run_left_of_the_driver_is_no_reason_to_stop(facts):
 def test_only_another_version_that_is_used_stands_in_the_way(facts, loaded, users, named):
     found = replace(facts, loaded=loaded, users=[_driver.User(42, "python3", "")] if users else [])
     assert ("python3 (process 42)" in _driver.in_use(found, VERSION)) is named
+
+
+def test_modules_go_after_those_that_use_them(host):
+    for name, holders in {
+        "nvidia": ["nvidia_modeset", "nvidia_uvm", "gdrdrv"],
+        "nvidia_modeset": ["nvidia_drm"],
+        "nvidia_uvm": ["nvidia_fs"],
+        "nvidia_drm": [],
+        "nvidia_fs": [],
+        "gdrdrv": [],
+    }.items():
+        host.file(f"sys/module/{name}/refcnt", "0\n")
+        for holder in holders:
+            host.file(f"sys/module/{name}/holders/{holder}", "")
+    assert host.read().unload == ["nvidia_drm", "nvidia_modeset", "nvidia_fs", "nvidia_uvm", "gdrdrv", "nvidia"]
+
+
+@pytest.mark.parametrize(
+    ("packages", "expected"),
+    [
+        (["linux-image-amd64", "linux-image-6.1.0-37-amd64", "linux-image-6.1.0-37-amd64-dbg"], ["amd64"]),
+        (["linux-image-cloud-amd64"], ["cloud-amd64"]),
+        (["linux-image-amd64-dbg", "linux-image-unsigned-6.8.0-51-generic"], []),
+        (["linux-image-generic-hwe-22.04", "linux-image-generic"], ["generic", "generic-hwe-22.04"]),
+    ],
+)
+def test_headers_follow_the_kernels_of_the_host(packages, expected):
+    names = _driver.header_packages("6.1.0-37-amd64", packages)
+    assert names == [f"linux-headers-{name}" for name in ["6.1.0-37-amd64", *expected]]
+
+
+@pytest.mark.parametrize(
+    ("name", "stops"), [("dkms", False), ("gcc-12", False), ("libc6-dev", False), ("systemd", True)]
+)
+def test_what_comes_along_with_the_driver_is_set_right_by_the_next_run(facts, name, stops):
+    assert bool(_driver.refusals(replace(facts, broken=[name]), VERSION)) is stops

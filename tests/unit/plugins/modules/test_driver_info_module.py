@@ -62,7 +62,9 @@ def test_what_is_told(info, check_mode):
     assert result["changed"] is False
     assert [gpu["address"] for gpu in result["gpus"]] == ["0000:ad:00.0", "0000:ae:00.0"]
     assert result["gpus"][0] == {"address": "0000:ad:00.0", "device": "2321", "name": "NVIDIA H100 NVL"}
-    assert result["kernel"] == {"release": os.uname().release, "headers": False, "container": ""}
+    release = os.uname().release
+    expected = {"release": release, "headers": False, "container": "", "header_packages": [f"linux-headers-{release}"]}
+    assert result["kernel"] == expected
     assert (result["loaded"], result["on_disk"], result["nouveau"]) == ("570.26", VERSION, False)
     assert result["packages"][1] == {
         "name": "libnvidia-ml1",
