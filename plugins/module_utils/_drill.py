@@ -4,39 +4,69 @@ Before the fault anything that is not as it should be is a refusal and touches n
 with one endpoint already down would take the service down. After the fault the load goes on until
 the target serves again and some requests more; then the numbers are judged by a budget.
 
+The load goes through the client with failover (``client``), through the gateway by a plain client
+that never retries (``gateway``: what users of the door notice), or to the target alone (``single``:
+the control, which shows what the fault costs without failover).
+
 All times are seconds.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from ._drill_report import Budget, Timeline, summarise
 from ._dual_client import COMPLETED, LOST, DualEndpointClient, Outcome, RetryPolicy
 from ._engine_process import EngineError
+from ._faults import DeadMan, Fault, NotGuarded, undone
+from ._gateway_watch import RefusalWatch, StatisticsWatch, summarise_refusals
 from ._health import Look, Probe, check, examine_all, poll
 from ._openai import Endpoint
+
+VIA = (CLIENT, GATEWAY, SINGLE) = ("client", "gateway", "single")
+PROMPT_WORD = " number"  # one token in the vocabularies of gpt-oss, Llama and Qwen
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class DrillRefused(Exception):
     """The drill ended before its fault. Nothing was touched but for some requests."""
 
 
-class Fault(Protocol):
-    """Something bad that happens to the target. ``str()`` says what in words."""
+class Interrupted(BaseException):
+    """A signal asked the drill to end. No Exception, so that nothing takes it for a failure of its own."""
 
-    def prepare(self) -> None:
-        """See that the fault is possible, touching nothing. Raises EngineError."""
 
-    def inject(self) -> None:
-        """Do it. Raises EngineError, and then nothing was done."""
+@dataclass(frozen=True)
+class Scene:
+    """Who takes part: the engines, those that suffer, and the gateway where the drill is about it.
 
-    def pending(self) -> str:
-        """Why the target cannot have recovered yet; empty when it is worth a probe."""
+    ``targets`` are endpoints, or the gateway itself. ``statistics`` is the gateway's CSV page.
+    """
+
+    endpoints: Sequence[Endpoint]
+    targets: Sequence[Endpoint]
+    via: str = CLIENT
+    gateway: Endpoint | None = None
+    statistics: Endpoint | None = None
+
+    @property
+    def loaded(self) -> list[Endpoint]:
+        """What the load's client knows of."""
+        if self.via == GATEWAY and self.gateway is not None:
+            return [self.gateway]
+        return list(self.targets if self.via == SINGLE else self.endpoints)
+
+    @property
+    def everything_down(self) -> bool:
+        """Whether the fault takes down all engines, so that there is nothing to fail over to."""
+        return set(self.targets) >= set(self.endpoints)
 
 
 @dataclass(frozen=True)
@@ -44,13 +74,15 @@ class Plan:
     """How much load, and for how long.
 
     ``recovery_timeout`` bounds each of the three phases: before the fault, until the target serves
-    again, and after it. ``max_requests`` bounds the load whatever happens. Raises ValueError.
+    again, and after it. ``max_requests`` bounds the load whatever happens. Each prompt is padded with
+    ``prompt_tokens`` words. Raises ValueError.
     """
 
     concurrency: int = 4
     max_tokens: int = 32
     requests_before: int = 8
     requests_after: int = 8
+    prompt_tokens: int = 0
     recovery_timeout: float = 600.0
     probe_timeout: float = 30.0
     probe_interval: float = 1.0
@@ -60,6 +92,8 @@ class Plan:
         for name in ("concurrency", "max_tokens", "requests_before", "requests_after"):
             if getattr(self, name) < 1:
                 raise ValueError(f"wanted {name} of 1 or more, found {getattr(self, name)}")
+        if self.prompt_tokens < 0:
+            raise ValueError(f"wanted prompt_tokens of 0 or more, found {self.prompt_tokens}")
         if self.recovery_timeout <= 0:
             raise ValueError(f"wanted recovery_timeout above 0, found {self.recovery_timeout:g}")
 
@@ -144,7 +178,7 @@ class Load:
                 self._changed.notify_all()
 
     def _send(self, number: int) -> None:
-        question = f"Count upwards from {number}."
+        question = f"Count upwards from {number}.{PROMPT_WORD * self._plan.prompt_tokens}"
         # A round of endpoints plain, then a round streamed. One by one would go in step with the
         # client's round robin, and one endpoint would get all the streams.
         stream = number // len(self._client.endpoints) % 2 == 1
@@ -161,38 +195,105 @@ class Load:
 
 
 def run_drill(
-    endpoints: Sequence[Endpoint],
-    target: Endpoint,
+    scene: Scene,
     fault: Fault,
     plan: Plan,
     budget: Budget,
     policy: RetryPolicy,
+    timer: DeadMan,
     model: str | None = None,
 ) -> dict[str, Any]:
     """The whole drill. Returns its numbers, ``verdict`` (passed, failed) and ``broken`` sentences.
 
-    Raises DrillRefused while nothing has been touched yet.
+    Raises DrillRefused while nothing has been touched yet, EngineError where the fault could not be
+    undone (``timer`` then tries once more), and Interrupted, undone, after a signal.
     """
-    names = [endpoint.name for endpoint in endpoints]
-    look = Look("serves", model, plan.probe_timeout)
-    served = _refuse_unless_ready(endpoints, look, fault)
-    with DualEndpointClient(endpoints, policy, served) as client:
-        load = Load(client, plan)
-        load.start()
-        try:
-            _refuse_unless_steady(load, client, names, plan)
-            timeline = _break_and_await(load, target, fault, plan, look)
-        finally:
-            outcomes = load.stop()
-    numbers = summarise(outcomes, timeline, names)
+    watch = None
+    if scene.statistics is not None:
+        watch = StatisticsWatch(scene.statistics, [endpoint.name for endpoint in scene.endpoints])
+    try:
+        with _interruptible():
+            outcomes, timeline = _run(scene, fault, plan, policy, timer, model, watch)
+    finally:
+        fault.close()
+        if watch is not None:
+            watch.stop()
+    numbers = summarise(outcomes, timeline, [endpoint.name for endpoint in scene.loaded])
     broken = budget.broken(numbers, timeline, plan.concurrency, plan.requests_after)
     return {**numbers, "verdict": "failed" if broken else "passed", "broken": broken}
 
 
-def _refuse_unless_ready(endpoints: Sequence[Endpoint], look: Look, fault: Fault) -> str:
+def _run(
+    scene: Scene,
+    fault: Fault,
+    plan: Plan,
+    policy: RetryPolicy,
+    timer: DeadMan,
+    model: str | None,
+    watch: StatisticsWatch | None,
+) -> tuple[list[Outcome], Timeline]:
+    look = Look("serves", model, plan.probe_timeout)
+    served = _refuse_unless_ready(scene, look, fault, watch)
+    if scene.via != CLIENT:
+        policy = dataclasses.replace(policy, retries=0)
+    loaded = [fault.entrance(endpoint) for endpoint in scene.loaded]
+    names = [endpoint.name for endpoint in loaded]
+    with DualEndpointClient(loaded, policy, served) as client:
+        load = Load(client, plan)
+        load.start()
+        try:
+            _refuse_unless_steady(load, client, names, plan)
+            with undone(fault, timer):
+                timeline = _break_and_await(scene, load, fault, plan, look, watch, served)
+        except NotGuarded as error:
+            raise DrillRefused(str(error)) from error
+        except Interrupted:
+            client.close()  # nobody waits for these requests' retries
+            raise
+        finally:
+            outcomes = load.stop()
+    return outcomes, timeline
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Within, the first signal raises Interrupted; further ones do not disturb the undoing."""
+
+    def interrupt(number: int, _frame: object) -> None:
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        raise Interrupted(signal.Signals(number).name)
+
+    before = [signal.signal(each, interrupt) for each in SIGNALS]
+    try:
+        yield
+    finally:
+        for each, handler in zip(SIGNALS, before):
+            signal.signal(each, handler)
+
+
+def _refuse_unless_ready(scene: Scene, look: Look, fault: Fault, watch: StatisticsWatch | None) -> str:
     """The model that all endpoints serve. Raises DrillRefused."""
-    if len(endpoints) < 2:
+    if scene.via != SINGLE and len(scene.endpoints) < 2 and scene.gateway not in scene.targets:
         raise DrillRefused("wanted two endpoints or more to fail over between, found one")
+    served = _served(scene.endpoints, look)
+    try:
+        fault.prepare()
+    except EngineError as error:
+        raise DrillRefused(str(error)) from error
+    if watch is not None:
+        watch.start()
+        # With a relay in front of an engine, the gateway sees that engine only from now on.
+        problem, why = poll(lambda _left: watch.missing(), lambda found: not found, look.timeout, 0.1)
+        if problem:
+            raise DrillRefused(f"wanted the gateway to use every engine first, found {problem} ({why})")
+    if scene.gateway is not None:
+        _served([scene.gateway], dataclasses.replace(look, model=served))
+    return served
+
+
+def _served(endpoints: Sequence[Endpoint], look: Look) -> str:
+    """The model that all of them serve. Raises DrillRefused."""
     probes = [list(found.values())[-1] for found in examine_all(endpoints, look)]
     unwell = [probe.reason for probe in probes if not probe.ok]
     if unwell:
@@ -200,10 +301,6 @@ def _refuse_unless_ready(endpoints: Sequence[Endpoint], look: Look, fault: Fault
     served = sorted({str(probe.model) for probe in probes})
     if len(served) > 1:
         raise DrillRefused(f"wanted one model on all endpoints, found {', '.join(served)}")
-    try:
-        fault.prepare()
-    except EngineError as error:
-        raise DrillRefused(str(error)) from error
     return served[0]
 
 
@@ -216,20 +313,77 @@ def _refuse_unless_steady(load: Load, client: DualEndpointClient, names: Sequenc
         found = f"{load.completed} completed, {load.lost} lost"
         if avoided:
             found += f", {', '.join(avoided)} avoided by the client after a failure"
+        errors = [attempt.error for outcome in load.outcomes for attempt in outcome.attempts if attempt.error]
+        if errors:
+            found += f"; the first failure: {errors[0]}"
         raise DrillRefused(f"wanted {wanted} requests to complete before the fault on healthy endpoints, found {found}")
 
 
-def _break_and_await(load: Load, target: Endpoint, fault: Fault, plan: Plan, look: Look) -> Timeline:
+def _break_and_await(
+    scene: Scene,
+    load: Load,
+    fault: Fault,
+    plan: Plan,
+    look: Look,
+    watch: StatisticsWatch | None,
+    model: str,
+) -> Timeline:
     """The fault, the recovery and the requests after it. Raises DrillRefused without a fault."""
+    retried = watch.retried() if watch else 0
     fault_at = time.monotonic()
     try:
         fault.inject()
     except EngineError as error:
         raise DrillRefused(str(error)) from error
+    with _refusals_of(scene, model) as refusals:
+        recovered_at, why = _await_recovery(scene, load, fault, plan, look, watch)
+    if recovered_at is not None:
+        wanted = load.completed + plan.requests_after
+        load.wait(lambda: load.completed >= wanted, plan.recovery_timeout)
+    names = [target.name for target in scene.targets]
+    watched = watch is not None and scene.gateway not in scene.targets
+    return Timeline(
+        ", ".join(names),
+        fault_at,
+        recovered_at,
+        why,
+        targets=tuple(names),
+        watched=watched,
+        ejected_at=watch.ejected_at(names, fault_at) if watch and watched else None,
+        retried_by_gateway=watch.retried() - retried if watch else None,
+        refusals=summarise_refusals(refusals.found) if refusals else None,
+    )
+
+
+@contextmanager
+def _refusals_of(scene: Scene, model: str) -> Iterator[RefusalWatch | None]:
+    """Within, a gateway without any engine is asked how it refuses."""
+    if scene.via != GATEWAY or scene.gateway is None or not scene.everything_down:
+        yield None
+        return
+    refusals = RefusalWatch(scene.gateway, model)
+    refusals.start()
+    try:
+        yield refusals
+    finally:
+        refusals.stop()
+
+
+def _await_recovery(
+    scene: Scene, load: Load, fault: Fault, plan: Plan, look: Look, watch: StatisticsWatch | None
+) -> tuple[float | None, str]:
+    """When all targets served again, and the gateway used them; or None and why they did not."""
 
     def attempt(_left: float) -> Probe:
         pending = fault.pending()
-        return Probe("serves", False, 0.0, pending) if pending else check(target, look)
+        if pending:
+            return Probe("serves", False, 0.0, pending)
+        for target in scene.targets:
+            probe = check(target, look)
+            if not probe.ok:
+                return probe
+        missing = watch.missing() if watch else ""
+        return Probe("serves", not missing, 0.0, missing)
 
     probe, why = poll(
         attempt,
@@ -239,9 +393,4 @@ def _break_and_await(load: Load, target: Endpoint, fault: Fault, plan: Plan, loo
         load.ended,
         pause=load.pause,
     )
-    if not probe.ok:
-        return Timeline(target.name, fault_at, None, f"{why}: {probe.reason}")
-    recovered_at = time.monotonic()
-    wanted = load.completed + plan.requests_after
-    load.wait(lambda: load.completed >= wanted, plan.recovery_timeout)
-    return Timeline(target.name, fault_at, recovered_at)
+    return (time.monotonic(), "") if probe.ok else (None, f"{why}: {probe.reason}")

@@ -1,4 +1,4 @@
-"""The engine process of a vLLM systemd unit: finding it, killing it, knowing its successor.
+"""The processes of a systemd unit: finding vLLM's engine or server, signalling it, knowing its successor.
 
 A vLLM server is an API server (the unit's main process) and, below it, the engine that does the
 work in a process of its own. Linux only; reads /proc, asks systemctl.
@@ -7,7 +7,6 @@ work in a process of its own. Linux only; reads /proc, asks systemctl.
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +16,17 @@ from ._host import Runner
 ENGINE_NAME = "VLLM::EngineCore"
 COMM_LIMIT = 15  # the kernel keeps that many characters of a process' name
 
+#: Sends a signal to a process id, as os.kill does.
+Kill = Callable[[int, int], None]
+
 
 class EngineError(Exception):
-    """The engine process cannot be found or may not be signalled."""
+    """A process or unit is not what the drill needs, or may not be signalled."""
 
 
 @dataclass(frozen=True)
-class Engine:
-    """One engine process. The start time (clock ticks since boot) tells it from a reused pid."""
+class Process:
+    """One process. The start time (clock ticks since boot) tells it from a reused pid."""
 
     pid: int
     started: int
@@ -47,14 +49,23 @@ def main_pid(unit: str, run: Runner) -> int:
     return int(value)
 
 
-def find_engine(unit: str, run: Runner, proc: Path = Path("/proc")) -> Engine:
+def find_server(unit: str, run: Runner, proc: Path = Path("/proc")) -> Process:
+    """The unit's main process. Raises EngineError."""
+    main = main_pid(unit, run)
+    processes = _processes(proc)
+    if main not in processes:
+        raise EngineError(f"wanted the main process {main} of {unit} alive, found that it has ended; is it restarting?")
+    return Process(main, processes[main][1])
+
+
+def find_engine(unit: str, run: Runner, proc: Path = Path("/proc")) -> Process:
     """The live engine below the unit's main process; of several the oldest. Raises EngineError."""
     main = main_pid(unit, run)
     processes = _processes(proc)
     family = [main]
     for pid in family:  # grows while it is walked: children, grandchildren, ...
         family += [child for child, (parent, _started) in processes.items() if parent == pid]
-    engines = [Engine(pid, processes[pid][1]) for pid in family if pid in processes and _is_engine(proc / str(pid))]
+    engines = [Process(pid, processes[pid][1]) for pid in family if pid in processes and _is_engine(proc / str(pid))]
     if not engines:
         raise EngineError(
             f"wanted a process named {ENGINE_NAME} below {unit} (main process {main}), "
@@ -63,56 +74,21 @@ def find_engine(unit: str, run: Runner, proc: Path = Path("/proc")) -> Engine:
     return min(engines, key=lambda engine: (engine.started, engine.pid))
 
 
-class KillEngine:
-    """The fault "the engine dies": SIGKILL, as the kernel's OOM killer or a crash would do."""
+def is_alive(process: Process, proc: Path = Path("/proc")) -> bool:
+    """Whether exactly this process still runs (or is stopped); a zombie does not."""
+    return _processes(proc).get(process.pid, (0, -1))[1] == process.started
 
-    def __init__(
-        self,
-        unit: str,
-        run: Runner,
-        proc: Path = Path("/proc"),
-        kill: Callable[[int, int], None] = os.kill,
-    ) -> None:
-        self._unit = unit
-        self._run = run
-        self._proc = proc
-        self._kill = kill
-        self._killed: Engine | None = None
 
-    def __str__(self) -> str:
-        return f"SIGKILL to the engine process of {self._unit}"
-
-    def prepare(self) -> None:
-        """Find the engine and see that it may be signalled, no more. Raises EngineError."""
-        self._signal(0)
-
-    def inject(self) -> None:
-        """Kill the engine that runs now. Raises EngineError."""
-        self._killed = self._signal(signal.SIGKILL)
-
-    def pending(self) -> str:
-        """What is still missing for a recovery, empty when a new engine runs."""
-        try:
-            engine = self._find()
-        except EngineError as error:
-            return str(error)
-        return f"engine {engine.pid} is still the killed one" if engine == self._killed else ""
-
-    def _find(self) -> Engine:
-        return find_engine(self._unit, self._run, self._proc)
-
-    def _signal(self, number: int) -> Engine:
-        engine = self._find()
-        try:
-            self._kill(engine.pid, number)
-        except PermissionError as error:
-            raise EngineError(
-                f"wanted to signal engine {engine.pid} of {self._unit}, found no permission; "
-                f"run the task as root (become: true)"
-            ) from error
-        except ProcessLookupError as error:
-            raise EngineError(f"engine {engine.pid} of {self._unit} ended by itself before it was signalled") from error
-        return engine
+def send_signal(process: Process, number: int, what: str, kill: Kill = os.kill) -> None:
+    """Signal it; ``what`` names it in messages. Raises EngineError."""
+    try:
+        kill(process.pid, number)
+    except PermissionError as error:
+        raise EngineError(
+            f"wanted to signal {what}, found no permission; run the task as root (become: true)"
+        ) from error
+    except ProcessLookupError as error:
+        raise EngineError(f"{what} ended by itself before it was signalled") from error
 
 
 def _processes(proc: Path) -> dict[int, tuple[int, int]]:

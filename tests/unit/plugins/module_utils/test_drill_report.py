@@ -49,13 +49,17 @@ def test_summarise():
         "completed": 5,
         "completed_after": 2,
         "lost": 1,
+        "refused": 1,
         "truncated": 1,
         "retried": 3,
+        "retried_by_gateway": None,
         "attempts": 10,
         "streamed": 2,
         "latency": {"p50": 2.0, "p99": 6.0, "worst": 6.0},
         "seconds_to_eject": 1.5,
+        "seconds_to_first_success": 66.0,
         "seconds_to_recover": 60.0,
+        "refusals": None,
         "endpoints": {"a": 2, "b": 3},
         "errors": [
             {"endpoint": "a", "kind": "cut", "count": 1, "first": "a cut"},
@@ -143,3 +147,67 @@ def test_no_recovery_is_always_broken():
 
 def test_nothing_completed_has_no_worst_latency():
     assert broken(Budget(worst_latency=1.0), latency={"worst": None}) == []
+
+
+# What the gateway's statistics and refusals add
+
+
+@pytest.mark.parametrize(("ejected_at", "expected"), [(103.25, 3.25), (None, None)])
+def test_with_statistics_they_tell_when_it_was_ejected(ejected_at, expected):
+    timeline = Timeline("a", 100.0, 160.0, watched=True, ejected_at=ejected_at)
+    assert summarise(OUTCOMES, timeline, ["a", "b"])["seconds_to_eject"] == expected
+
+
+def test_of_several_targets_the_last_failure_counts():
+    timeline = Timeline("a, b", 100.0, 160.0, targets=("a", "b"))
+    assert summarise(OUTCOMES, timeline, ["a", "b"])["seconds_to_eject"] == 4.0
+
+
+def test_only_requests_from_after_the_fault_are_a_first_success():
+    early = [outcome(COMPLETED, ("a", 99.0, 100.5, None))]
+    assert summarise(early, TIMELINE, ["a"])["seconds_to_first_success"] is None
+    late = [*early, outcome(COMPLETED, ("a", 100.0, 102.0, None)), outcome(COMPLETED, ("a", 100.5, 101.0, None))]
+    assert summarise(late, TIMELINE, ["a"])["seconds_to_first_success"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("eject", "watched", "sentences"),
+    [
+        (9.5, True, []),
+        (10.5, True, ["a was ejected after 10.5 s (budget 10 s)"]),
+        (None, True, ["the gateway went on to use a (budget 10 s)"]),
+        (None, False, []),  # no attempt failed there
+    ],
+)
+def test_the_budget_of_the_ejection(eject, watched, sentences):
+    timeline = Timeline("a", 100.0, 160.0, watched=watched)
+    assert broken(Budget(eject=10), timeline, seconds_to_eject=eject) == sentences
+    assert broken(Budget(), timeline, seconds_to_eject=eject) == []
+
+
+REFUSALS = {"count": 9, "slowest": 0.25, "improper": [], "retry_after": "5"}
+
+
+def down(**changes):
+    return Timeline("a, b", 100.0, 160.0, refusals={**REFUSALS, **changes})
+
+
+@pytest.mark.parametrize(
+    ("timeline", "sentences"),
+    [
+        (down(), []),
+        (down(slowest=6.0), ["the slowest refusal took 6.0 s (budget 5 s)"]),
+        (
+            down(improper=["HTTP 502"]),
+            ["found HTTP 502 while all engines were down (wanted HTTP 503 with Retry-After)"],
+        ),
+        (down(count=0, slowest=None), ["no request was refused with HTTP 503 while all engines were down"]),
+    ],
+)
+def test_the_budget_of_refusals(timeline, sentences):
+    assert broken(Budget(), timeline, lost=7, refused=7) == sentences
+
+
+def test_what_was_refused_is_lost_unless_all_engines_were_down():
+    assert broken(Budget(), lost=7, refused=7) == ["lost 7 of 50 requests (budget 0)"]
+    assert broken(Budget(), down(), lost=8, refused=7) == ["lost 1 of 50 requests (budget 0)"]

@@ -1,4 +1,4 @@
-"""Finding the engine process of a unit, killing it and knowing its successor."""
+"""Finding the processes of a unit, killing them and knowing their successors."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import subprocess
 
 import pytest
 from ansible_collections.nvl.vllm.plugins.module_utils._engine_process import (
-    Engine,
     EngineError,
-    KillEngine,
+    Process,
     find_engine,
+    find_server,
+    is_alive,
 )
+from ansible_collections.nvl.vllm.plugins.module_utils._faults import KillEngine, KillServer
 
 UNIT = "vllm@primary.service"
 
@@ -74,7 +76,7 @@ def host(tmp_path):
 
 
 def test_the_engine_is_found_below_its_own_unit(host):
-    assert host.find() == Engine(12, 12)
+    assert host.find() == Process(12, 12)
     assert host.commands == [["systemctl", "show", "-p", "MainPID", "--value", "--", UNIT]]
 
 
@@ -92,7 +94,7 @@ def test_a_name_in_the_command_line_alone_is_enough(host):
 
 def test_of_several_engines_the_oldest(host):
     host.add(9, 10, "VLLM::EngineCor", "VLLM::EngineCore_DP1", started=99)
-    assert host.find() == Engine(12, 12)
+    assert host.find() == Process(12, 12)
 
 
 def test_a_zombie_is_no_engine(host):
@@ -172,3 +174,31 @@ def test_a_real_process_is_found_and_killed():
         fault.inject()
         assert engine.wait(10) == -signal.SIGKILL
     assert "none of that name" in fault.pending()
+
+
+def test_the_server_is_the_main_process(host):
+    assert find_server(UNIT, host.run, host.root) == Process(10, 10)
+    host.main_pid = "77"
+    with pytest.raises(EngineError, match=f"wanted the main process 77 of {UNIT} alive, found that it has ended"):
+        find_server(UNIT, host.run, host.root)
+
+
+def test_a_killed_server_has_a_successor_with_another_start(host):
+    fault = KillServer(UNIT, host.run, host.root, host.kill)
+    fault.prepare()
+    fault.inject()
+    assert host.signals == [(10, 0), (10, signal.SIGKILL)]
+    assert str(fault) == f"SIGKILL to the main process of {UNIT}"
+    assert fault.pending() == "main 10 is still the killed one"
+    host.remove(10)
+    host.add(10, 1, "vllm", started=300)
+    assert fault.pending() == ""
+
+
+def test_a_process_is_alive_only_as_itself(host):
+    assert is_alive(Process(12, 12), host.root)
+    assert not is_alive(Process(12, 11), host.root)  # the id went to another process
+    host.remove(12)
+    assert not is_alive(Process(12, 12), host.root)
+    host.add(12, 11, "VLLM::EngineCor", state="Z")
+    assert not is_alive(Process(12, 12), host.root)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
+from ansible_collections.nvl.vllm.plugins.module_utils import _faults
 from ansible_collections.nvl.vllm.plugins.module_utils._engine_process import EngineError
 from ansible_collections.nvl.vllm.plugins.modules import failover_drill
 
@@ -10,7 +14,7 @@ MODEL = "gpt-oss-120b"
 QUICK = {"backoff_base": 0.01, "health_interval": 5, "request_timeout": 5, "recovery_timeout": 20}
 
 
-class FakeKill:
+class FakeKill(_faults.Fault):
     """In the place of KillEngine: a stand-in for vLLM dies, and is back at once."""
 
     units: list[str]
@@ -18,7 +22,7 @@ class FakeKill:
     impossible = ""
 
     def __init__(self, unit, run):
-        self.units.append(unit)
+        self.unit = unit
         self.server = self.servers[unit]
         self.killed = False
 
@@ -30,6 +34,7 @@ class FakeKill:
             raise EngineError(self.impossible)
 
     def inject(self):
+        self.units.append(self.unit)
         self.server.die()
         self.killed = True
 
@@ -56,7 +61,7 @@ def drill(run_module, make_fake_vllm, monkeypatch):
         {"name": "secondary", "url": run.secondary.url, "unit": "vllm@secondary.service"},
     ]
     run.kill = type("Kill", (FakeKill,), {"units": [], "servers": servers})
-    monkeypatch.setattr(failover_drill, "KillEngine", run.kill)
+    monkeypatch.setattr(_faults, "KillEngine", run.kill)
     return run
 
 
@@ -159,7 +164,18 @@ def test_a_damaged_proof_is_no_proof(drill, tmp_path):
         ),
         ({"concurrency": 0}, "wanted concurrency of 1 or more, found 0"),
         ({"retries": -1}, "wanted retries"),
-        ({"fault": "hang"}, "value of fault must be one of: kill"),
+        ({"fault": "flood"}, "value of fault must be one of: kill"),
+        ({"prompt_tokens": -1}, "wanted prompt_tokens of 0 or more, found -1"),
+        ({"fault_seconds": 0}, "wanted fault_seconds above 0, found 0"),
+        ({"via": "gateway"}, "wanted gateway_url for via of gateway, found none"),
+        ({"via": "gateway", "gateway_url": "http://h:1/v1"}, "leave out the /v1"),
+        ({"fault": "drain"}, "wanted via of gateway for the fault drain, found client"),
+        ({"fault": "gateway_kill", "via": "single"}, "wanted via of gateway for the fault gateway_kill, found single"),
+        ({"fault": "both_down", "via": "single"}, "for the fault both_down, found single"),
+        (
+            {"fault": "slow", "via": "gateway", "gateway_url": "http://127.0.0.1:9"},
+            "wanted relay_port of the target primary for the fault slow",
+        ),
         ({"budget": {"speed": 1}}, "Unsupported parameters"),
     ],
 )
@@ -168,3 +184,87 @@ def test_wrong_options_are_one_sentence(drill, options, message):
     assert result["failed"] is True
     assert message in result["msg"]
     assert drill.primary.requests == []
+
+
+# Other faults and ways
+
+
+URL = "http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fault": "hang"}, "primary, secondary, and SIGSTOP to the engine process of vllm@primary.service for 20 s."),
+        ({"fault": "kill_server"}, "primary, secondary, and SIGKILL to the main process of vllm@primary.service."),
+        ({"fault": "stop"}, "primary, secondary, and systemctl stop vllm@primary.service, then start."),
+        ({"via": "single", "target": "secondary"}, "secondary, and a kill."),
+        ({"fault": "both_down"}, "primary, secondary, and a kill and a kill."),
+        ({"fault": "slow", "fault_seconds": 5}, "primary, secondary, and slow answers in front of primary for 5 s."),
+        ({"fault": "drain", "via": "gateway"}, "gateway, and /run/nvl-vllm/drain/primary for 20 s."),
+        ({"fault": "gateway_reload", "via": "gateway"}, "gateway, and systemctl reload vllm-gateway.service."),
+        (
+            {"fault": "gateway_kill", "via": "gateway", "gateway_unit": "door.service"},
+            "gateway, and SIGKILL to the main process of door.service.",
+        ),
+    ],
+)
+def test_what_would_be_done(drill, options, message):
+    result = drill(check_mode=True, gateway_url=URL, **options)
+    assert result["msg"] == f"Would send 4 requests at a time through {message}"
+
+
+def test_alone_it_is_the_control(drill):
+    result = drill(via="single", budget={"lost": 100})
+    assert (result["via"], result["verdict"]) == ("single", "passed")
+    assert list(result["endpoints"]) == ["primary"]
+
+
+def test_a_gateway_with_a_key_of_its_own(drill):
+    # The secondary stands in for the gateway.
+    drill.endpoints = drill.endpoints[:1]
+    options = {"via": "gateway", "gateway_url": drill.secondary.url, "gateway_key": "sk-door", "api_key": "sk-engine"}
+    result = drill(fault="gateway_reload", gateway_unit="none.service", **options)
+    assert result["msg"].startswith("Drill refused, nothing was touched: wanted the main process of none.service")
+    assert drill.primary.requests[-1][1]["Authorization"] == "Bearer sk-engine"
+
+
+def test_all_engines_down_need_all_units(drill):
+    del drill.endpoints[1]["unit"]
+    result = drill(fault="both_down")
+    assert "set unit of that endpoint, such as vllm@secondary.service" in result["msg"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"fault": "slow", "fault_seconds": 0.1}, {"target": "secondary"}, {"via": "single"}]
+)
+def test_another_drill_is_not_proven_by_this_one(drill, tmp_path, options):
+    proof = str(tmp_path / "drill.json")
+    drill(subject="one", proof=proof)
+    assert "proven" not in drill(subject="one", proof=proof, budget={"lost": 100}, **options)
+
+
+def test_a_proof_from_before_there_was_via_is_good(drill, tmp_path):
+    proof = tmp_path / "drill.json"
+    drill(subject="one", proof=str(proof))
+    proof.write_text(proof.read_text().replace('"via": "client",', ""))
+    assert drill(subject="one", proof=str(proof))["proven"]
+
+
+def test_interrupted_it_says_so(drill, monkeypatch):
+    monkeypatch.setattr(drill.kill, "pending", lambda _self: os.kill(os.getpid(), signal.SIGTERM) or "gone")
+    result = drill()
+    assert result["failed"] is True
+    assert result["msg"] == "Drill interrupted by SIGTERM; what it had done is undone"
+
+
+def test_what_cannot_be_undone_names_the_timer_and_the_command(drill, monkeypatch):
+    def stuck(_self):
+        raise EngineError("no permission")
+
+    monkeypatch.setattr(drill.kill, "undo", ("true", "primary"))
+    monkeypatch.setattr(drill.kill, "restore", stuck)
+    monkeypatch.setattr(_faults.DeadMan, "arm", lambda *_arguments: None)
+    message = drill()["msg"]
+    assert message.startswith("Drill not undone, look at primary: no permission; the timer nvl-vllm-drill-")
+    assert message.endswith("(undo by hand: true primary)")
