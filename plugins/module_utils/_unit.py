@@ -11,6 +11,8 @@ the unit runs this helper
     memory of its GPUs;
 ``ready`` (ExecStartPost)
     holds the start job until the engine has answered a completion;
+``leave`` (ExecStop)
+    has the gateway, where there is one, send nothing more before the engine is asked to stop;
 ``stopped`` (ExecStopPost)
     gives the turn to start to the next one.
 
@@ -36,10 +38,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from . import _openai
 from ._calibration import CALIBRATION, keep, parse, read_settings
+from ._gateway_watch import parse_statistics
 from ._health import Look, pause_for, wait_until
-from ._host import Runner
-from ._http import Endpoint
+from ._host import Runner, read_text
+from ._http import Endpoint, EndpointError
 from ._json_file import read_object, write_object
 
 STATE = "/run/nvl-vllm"
@@ -47,6 +51,12 @@ CONFIG = "/etc/vllm"
 UNITS = "/etc/systemd/system"
 LONGEST_BACK_OFF = 60.0
 GPU_RELEASE_SECONDS = 90.0
+#: Statistics of this host's gateway as CSV; nothing listens there where it has none.
+GATEWAY = "http://127.0.0.1:8404/;csv"
+#: The gateway asks the health agent once a second whether an engine is being drained.
+LEAVE_SECONDS = 5.0
+#: What this helper writes into a drain file; another text is an operator's, whose file is left alone.
+LEAVING = "the unit stops\n"
 
 
 class NotReady(Exception):
@@ -224,7 +234,7 @@ def wait_for_gpus(
 
 
 class Helper:
-    """The three moments of a unit's life. ``environment`` is what the unit gives its processes."""
+    """The four moments of a unit's life. ``environment`` is what the unit gives its processes."""
 
     def __init__(
         self,
@@ -234,13 +244,16 @@ class Helper:
         paths: Paths = Paths(),
         say: Callable[[str], object] = print,
         pause: Callable[[float], object] = pause_for,
+        gateway: str = GATEWAY,
     ) -> None:
+        self.gateway = gateway
         self.name = name
         self.environment = environment
         self.run = run
         self.paths = paths
         self.say = say
         self.pause = pause
+        self.drain = f"{paths.state}/drain/{name}"
         self.timeout = float(environment["NVL_VLLM_START_TIMEOUT"])
         # Less than systemd's own timeout, so that a lost turn is noticed before the waiting start is ended.
         self.turn = Turn(name, self.timeout * 0.9, paths)
@@ -287,6 +300,8 @@ class Helper:
             raise NotReady(probe.reason)
         write_state(self.name, dict(read_state(self.name, self.paths), failed_starts=0), self.paths)
         self.turn.give()
+        if read_text(self.drain) == LEAVING:
+            os.unlink(self.drain)
         self.say(probe.reason)
         if self.environment.get("CUDA_VISIBLE_DEVICES"):
             try:
@@ -304,6 +319,29 @@ class Helper:
             state = read_state(self.name, self.paths)
             started_from = {"release": state.get("release"), "model": state.get("model")}
             keep(self.name, figures, {**started_from, "settings": read_settings(configuration)}, self.paths.calibration)
+
+    def leave(self) -> None:
+        if not self.environment.get("MAINPID") or not self._sent_to():
+            return  # it ended by itself, or nobody is told
+        if not os.path.exists(self.drain):
+            os.makedirs(os.path.dirname(self.drain), mode=0o755, exist_ok=True)
+            with open(self.drain, "w", encoding="utf-8") as stream:
+                stream.write(LEAVING)
+        end = time.monotonic() + LEAVE_SECONDS
+        while self._sent_to():
+            if time.monotonic() >= end:
+                self.say(f"the gateway has not let go of {self.name} in {LEAVE_SECONDS:.0f} s: stopping all the same")
+                return
+            self.pause(0.1)
+
+    def _sent_to(self) -> bool:
+        """Whether this host's gateway sends requests here. Without a gateway nobody does."""
+        try:
+            page = _openai.get(Endpoint("gateway", self.gateway), "", 2.0).decode("utf-8", "replace")
+            server = parse_statistics(page).get(self.name)
+        except (EndpointError, ValueError):
+            return False
+        return server is not None and server.in_use
 
     def stopped(self) -> None:
         self.turn.give()
@@ -326,9 +364,9 @@ def _watch(pid: int) -> Iterator[tuple[Callable[[float], object], Callable[[], b
 
 
 def main(argv: list[str], environment: Mapping[str, str], run: Runner) -> int:
-    """``prepare|ready|stopped NAME``. Exit status 0, 1 with the reason on standard error, 2 for bad usage."""
-    if len(argv) != 2 or argv[0] not in ("prepare", "ready", "stopped"):
-        print("usage: vllm-unit prepare|ready|stopped NAME", file=sys.stderr)
+    """``prepare|ready|leave|stopped NAME``. Exit status 0, 1 with the reason on standard error, 2 for bad usage."""
+    if len(argv) != 2 or argv[0] not in ("prepare", "ready", "leave", "stopped"):
+        print("usage: vllm-unit prepare|ready|leave|stopped NAME", file=sys.stderr)
         return 2
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     try:

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from ansible_collections.nvl.vllm.plugins.module_utils import _json_file, _unit
@@ -223,7 +225,9 @@ def helper(host, fake_vllm):
             "NVL_VLLM_SERVED_MODEL_NAME": "gpt-oss-120b",
             "NVL_VLLM_URL": fake_vllm.url,
         }
-        made = Helper(name, {**unit, **environment}, run, host.paths, said.append, pause)
+        # Nothing listens there.
+        gateway = environment.pop("gateway", "http://127.0.0.1:1")
+        made = Helper(name, {**unit, **environment}, run, host.paths, said.append, pause, gateway)
         made.said = said
         return made
 
@@ -369,10 +373,87 @@ def test_stopped_gives_the_turn_back(helper, host):
     assert Turn("secondary", 600.0, host.paths).take() == "secondary"
 
 
+class Gateway(ThreadingHTTPServer):
+    """HAProxy's page of statistics. It drains an engine some looks after the drain file is there, or never."""
+
+    def __init__(self, drain, looks):
+        self.drain, self.looks, self.seen = drain, looks, 0
+        super().__init__(("127.0.0.1", 0), GatewayHandler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/;csv"
+
+    def status(self):
+        self.seen += self.drain.exists()
+        return "DRAIN" if self.seen > self.looks else "UP"
+
+
+class GatewayHandler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        text = f"# pxname,svname,status,wretr,\nengines,primary,{self.server.status()},0,\n"
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def gateway(host):
+    made = []
+
+    def make(looks):
+        made.append(Gateway(host.root.parent / "state/drain/primary", looks))
+        return made[0]
+
+    yield make
+    for server in made:
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_gateway_lets_go_before_the_stop_and_sends_again_after_the_start(helper, gateway, engine):
+    server, pauses = gateway(looks=2), []
+    made = helper(MAINPID="1", gateway=server.url, pause=pauses.append)
+    made.leave()
+    assert server.drain.read_text() == _unit.LEAVING
+    assert pauses == [0.1, 0.1]
+    helper().prepare()
+    assert server.drain.exists()
+    helper(MAINPID=str(engine.pid)).ready()
+    assert not server.drain.exists()
+
+
+def test_a_drain_of_an_operator_outlives_a_restart(helper, gateway, engine):
+    server = gateway(looks=0)
+    server.drain.parent.mkdir(parents=True)
+    server.drain.write_text("new cables\n")
+    helper(MAINPID="1", gateway=server.url).leave()
+    helper().prepare()
+    helper(MAINPID=str(engine.pid)).ready()
+    assert server.drain.read_text() == "new cables\n"
+
+
+def test_a_gateway_that_does_not_let_go_is_told_and_not_waited_for(helper, gateway, monkeypatch):
+    monkeypatch.setattr(_unit, "LEAVE_SECONDS", 0.0)
+    made = helper(MAINPID="1", gateway=gateway(looks=10**6).url)
+    made.leave()
+    assert made.said == ["the gateway has not let go of primary in 0 s: stopping all the same"]
+
+
+@pytest.mark.parametrize("environment", [{}, {"MAINPID": "1"}])
+def test_an_engine_that_ended_or_has_no_gateway_leaves_at_once(helper, host, environment):
+    helper(**environment).leave()
+    assert not (host.root.parent / "state/drain").exists()
+
+
 @pytest.fixture
 def main(monkeypatch, host, tmp_path):
     """Runs main() on a host below tmp_path, with standard output as a program has it."""
-    monkeypatch.setattr(_unit.Helper.__init__, "__defaults__", (host.paths, print, pytest.fail))
+    monkeypatch.setattr(_unit.Helper.__init__, "__defaults__", (host.paths, print, pytest.fail, "http://127.0.0.1:1"))
     environment = {
         "NVL_VLLM_ROOT": str(host.root),
         "NVL_VLLM_MODEL_PATH": str(host.model),
@@ -392,7 +473,7 @@ def main(monkeypatch, host, tmp_path):
 )
 def test_bad_usage_is_status_2(main, capsys, argv):
     assert main(*argv) == 2
-    assert capsys.readouterr().err == "usage: vllm-unit prepare|ready|stopped NAME\n"
+    assert capsys.readouterr().err == "usage: vllm-unit prepare|ready|leave|stopped NAME\n"
 
 
 def test_success_is_status_0(main, host):
