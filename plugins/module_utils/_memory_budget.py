@@ -387,7 +387,10 @@ NON_TORCH_EARLY, NON_TORCH = 0.13, 0.25
 #: Buffers for all-reduce between NVLinked GPUs: before 0.17, to 0.20, from 0.21.
 LINKED_EARLY, LINKED, LINKED_LATE = 0.5, 1.85, 0.5
 #: What stays with PyTorch after the profile run, counted from 0.21: on Hopper, and with MXFP4 experts anywhere.
-KEPT_HOPPER, KEPT_MXFP4 = 1.0, 0.95
+KEPT_HOPPER, KEPT_MXFP4 = 0.35, 0.95
+#: Bytes of the counts for penalties, for each sequence and token of the vocabulary, from 0.21 on Hopper: a number of
+#: 4 bytes, and a bit for the prompt (``penalties.py`` of 0.32; seen in starts with 8, 64 and 1024 sequences).
+COUNTS = 4.125
 #: CUDA graphs for each layer and captured batch size: before and from 0.21.
 GRAPH, GRAPH_LATE = 0.00045, 0.00028
 
@@ -448,7 +451,7 @@ def estimate_non_torch(facts: ModelFacts, settings: Settings, device: Device, ve
         error = 0.7 if version < (0, 17, 0) else 0.3
     if version >= (0, 21, 0):
         if device.generation == "hopper":
-            gib += KEPT_HOPPER
+            gib += KEPT_HOPPER + COUNTS * settings.max_num_seqs * facts.vocab_size / GIB
             error = 0.9
         if facts.quantization == "mxfp4":
             gib += KEPT_MXFP4
@@ -493,23 +496,33 @@ def estimate_activation(
     return Term(gib, error)
 
 
-def capture_sizes(settings: Settings, version: tuple[int, int, int]) -> int:
-    """Number of batch sizes that CUDA graphs are captured for by default."""
+def capture_sizes(facts: ModelFacts, settings: Settings, version: tuple[int, int, int]) -> tuple[int, int]:
+    """Numbers of batch sizes that CUDA graphs are captured for by default: in pieces, and whole for decoding alone."""
+    step = 16 if version >= (0, 11, 0) else 8
     largest = min(512, settings.max_num_batched_tokens)
+    decode = settings.max_num_seqs
     if version >= (0, 11, 0):
         largest = min(largest, 2 * settings.max_num_seqs)
-    step = 16 if version >= (0, 11, 0) else 8
-    return len([size for size in (1, 2, 4) if size <= largest]) + len(
-        [*range(8, min(largest + 1, 256), 8), *range(256, largest + 1, step)]
-    )
+    pieces = largest
+    if facts.model_type == "gpt_oss" and version >= (0, 11, 0):
+        # GptOssForCausalLMConfig: 1024, whatever max-num-seqs is. Seen: 83 in pieces, and 83, 11 and 4 whole.
+        pieces, largest = 1024, min(1024, decode)
+
+    def count(limit: int) -> int:
+        return len([size for size in (1, 2, 4) if size <= limit]) + len(
+            [*range(8, min(limit + 1, 256), 8), *range(256, limit + 1, step)]
+        )
+
+    return count(pieces), count(largest)
 
 
 def estimate_graphs(facts: ModelFacts, settings: Settings, version: tuple[int, int, int]) -> Term:
-    """CUDA graphs: GRAPH for each layer and batch size, and a first one."""
+    """CUDA graphs: GRAPH for each layer and batch size, three quarters of it in pieces, and a first one."""
     if settings.enforce_eager:
         return Term(0.0, 0.0, "exact")
     each = GRAPH if version < (0, 21, 0) else GRAPH_LATE
-    gib = 0.1 + each * facts.depth / settings.pipeline_parallel * capture_sizes(settings, version)
+    pieces, whole = capture_sizes(facts, settings, version)
+    gib = 0.1 + each * facts.depth / settings.pipeline_parallel * (0.75 * pieces + 0.25 * whole)
     if facts.mla_expanded and version >= (0, 21, 0):
         gib += 1.8  # its decode workspaces are captured with them
     return Term(gib, 0.1 + 0.35 * gib)

@@ -127,8 +127,8 @@ def objections(steps, version, held):
             )
         elif not step.after and not ours:
             found.append(
-                f"{step.name} {step.before} does not belong to the driver {version} and would be removed for it: remove "
-                "it yourself, or declare another cuda_driver_version"
+                f"{step.name} {step.before} does not belong to the driver {version} and would be removed for it: "
+                "remove it yourself, or declare another cuda_driver_version"
             )
         elif ours and _driver.other_driver_version(_apt.upstream(step.after), version):
             found.append(
