@@ -61,12 +61,12 @@ for word; do
   esac
   shift
 done
-(sleep "$(echo "$seconds" | awk '{print $1 / 100}')"; rm -f "$name.timer"; exec "$@") >/dev/null 2>&1 &
+(sleep "$(echo "$seconds" | awk '{print $1 / 10}')"; rm -f "$name.timer"; exec "$@") >/dev/null 2>&1 &
 echo $! > "$name.timer"
 """
 
 
-def wait_until(condition, seconds=10.0):
+def wait_until(condition, seconds=30.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "did not come true"
