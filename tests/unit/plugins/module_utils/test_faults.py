@@ -149,7 +149,7 @@ def test_a_hang_stops_the_engine_until_its_time_is_up(systemd, engine):
     clock = Clock()
     fault = Hang(UNIT, systemd.run, 20.0, clock=clock)
     fault.prepare()
-    assert state_of(engine.pid) == "S"
+    wait_until(lambda: state_of(engine.pid) == "S")
     fault.inject()
     wait_until(lambda: state_of(engine.pid) == "T")
     assert fault.pending() == f"engine {engine.pid} of {UNIT} is stopped on purpose"
@@ -453,7 +453,7 @@ def test_a_drill_that_is_killed_is_undone_by_the_timer(systemd, sleeper):
     command = [sys.executable, "-c", textwrap.dedent(script)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as drill:
         assert drill.stdout.readline() == b"hung\n"
-        assert state_of(server.pid) == "T"
+        wait_until(lambda: state_of(server.pid) == "T")
         drill.kill()
     wait_until(lambda: state_of(server.pid) == "S")
     assert systemd.log[-1] == f"systemctl kill --signal=SIGCONT -- {UNIT}"
