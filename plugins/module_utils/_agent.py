@@ -9,6 +9,8 @@ What tells the two apart are the series of ``/metrics`` that only the engine its
 - None moved for ``stall_seconds`` while requests run: a canary (a completion of one token) is sent. If it fails, and
   still nothing moved since it began, the engine hangs.
 - Nothing runs: nothing can move. A canary every ``idle_canary_interval``; two failures in a row are a hang.
+- Nothing runs, and clients stay connected: an engine that hung just then does not know of their requests. A canary
+  after ``stall_seconds``; one that had no answer in time is a hang.
 
 A Watch takes what was seen of one engine and when, and says what follows as Decisions. A Ledger knows the restarts and
 whether there may be one more. All times are seconds; ``now`` is any clock that only goes forward, ``wall`` is the time
@@ -54,7 +56,7 @@ class Thresholds:
 
     poll_interval: float = 1.0
     metrics_timeout: float = 2.0
-    stall_seconds: float = 4.0
+    stall_seconds: float = 3.0
     canary_timeout: float = 4.0
     idle_canary_interval: float = 10.0
     restart_after: float = 30.0
@@ -83,7 +85,8 @@ class Look(NamedTuple):
 
     ``kind`` is *answered* (with ``counters``), *blind* (an answer without the series that are needed), *silent* (no
     complete answer in time) or *refused* (nothing listens). ``unit`` is systemd's ActiveState, empty where it was not
-    asked; ``drain`` is why an operator wants no new requests here, None where nobody does.
+    asked; ``drain`` is why an operator wants no new requests here, None where nobody does. ``clients`` are the
+    addresses that are connected to the engine's port, the agent's own aside; they matter while nothing runs.
     """
 
     kind: str
@@ -91,14 +94,19 @@ class Look(NamedTuple):
     reason: str = ""
     unit: str = ""
     drain: str | None = None
+    clients: frozenset[str] = frozenset()
 
 
 class Canary(NamedTuple):
-    """How a canary ended: *ok*, *failed*, or *refused* by the API server, which says nothing of the engine."""
+    """How a canary ended: *ok*, *failed*, or *refused* by the API server, which says nothing of the engine.
+
+    ``late`` tells of a failure that its deadline passed, so that the engine had all of the time.
+    """
 
     kind: str
     reason: str = ""
     seconds: float = 0.0
+    late: bool = False
 
 
 class Decision(NamedTuple):
@@ -146,13 +154,15 @@ class Watch:
         self.restarts = 0
         self._judged = False  # whether this agent has ever known the state
         self._idle = False
+        self._clients: frozenset[str] = frozenset()
+        self._waited_for = False  # the same client was connected at this look and at the one before
         self._blind = False
         self._moving_since: float | None = None  # first of the looks that all saw progress
         self._canary_ended = -math.inf
         self._failures = 0  # of canaries in a row, without progress meanwhile
         self._unjudged = ""  # why the last of them failed, until the next look
         self._good = 0
-        self._restart_from = now  # the hang began, or the last try to end it
+        self._restart_from = now  # since when nothing moved in a hang, or the last try to end it
         self._told: set[str] = set()  # what is said once in an episode
 
     # What was seen.
@@ -216,7 +226,8 @@ class Watch:
         if self.state in (UNPROVEN, HUNG) or self._failures:
             return True
         quiet = now - max(self.last_progress, self._canary_ended)
-        return quiet >= (self.thresholds.idle_canary_interval if self._idle or self._blind else self._stall())
+        unhurried = self._blind or (self._idle and not self._waited_for)
+        return quiet >= (self.thresholds.idle_canary_interval if unhurried else self._stall())
 
     def wants_unit(self, kind: str) -> bool:
         """Whether systemd's view of the unit is needed to judge a look of this kind."""
@@ -255,6 +266,7 @@ class Watch:
             return "drain" if drained else "up ready"
         if not self._judged:
             return "drain" if drained else None
+        # The space is needed: HAProxy takes "down#..." for a word that it does not know, and changes nothing.
         return ("drain " if drained else "") + f"down #{printable(self.reason)}"
 
     def status(self, now: float) -> dict[str, Any]:
@@ -295,8 +307,11 @@ class Watch:
         elif look.kind == "refused":
             self.counters = {}  # the next engine there counts from zero, which is no progress
         self._idle = look.kind == "answered" and not look.counters[RUNNING] and not look.counters.get(WAITING)
+        if self.canary_began is None:  # else one of the clients is the canary
+            self._waited_for = bool(self._clients & look.clients)
+            self._clients = look.clients
         if moved:
-            self.last_progress = now
+            self.last_progress = self._restart_from = now  # a hang that is interrupted begins anew
             self._failures, self._unjudged = 0, ""
             self._moving_since = now if self._moving_since is None else self._moving_since
         else:
@@ -322,12 +337,14 @@ class Watch:
         if not failure or self._blind or self.state == HUNG:
             return []
         quiet = now - self.last_progress
-        if self._idle:
+        certain = self._waited_for and self.canary is not None and self.canary.late
+        if self._idle and not certain:
             if self._failures < IDLE_FAILURES:
                 return []
             found = f"{self._failures} canaries in a row failed on an idle engine"
         elif quiet >= self._stall():
-            found = f"no token for {quiet:.0f} s and the canary failed"
+            clients = " for the clients that are connected" if self._idle else ""
+            found = f"no token for {quiet:.0f} s{clients} and the canary failed"
         else:
             return []
         return self._enter(HUNG, f"{found}: {failure}", now)

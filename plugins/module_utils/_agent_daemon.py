@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from . import _openai
 from ._agent import (
@@ -42,9 +43,9 @@ from ._agent import (
     Watch,
     look_of,
 )
-from ._health import CANARY
-from ._host import Runner
-from ._http import Endpoint, EndpointError, HttpStatus
+from ._health import CANARY, RUNNING
+from ._host import Runner, read_text
+from ._http import DeadlineExceeded, Endpoint, EndpointError, HttpStatus
 from ._json_file import read_object, write_object
 from ._units import parse_show
 
@@ -57,6 +58,8 @@ NOTIFY_INTERVAL = 5.0
 STUCK_SECONDS = 30.0  # beyond a look's own time, after which an engine not looked at means that the agent is stuck
 STALE = 3  # exit status of ``stale``
 REFUSALS = ("storm", "query_of_death", "record")  # why a restart may be refused
+
+ESTABLISHED = "01"  # in /proc/net/tcp
 
 T = TypeVar("T")
 
@@ -140,6 +143,13 @@ def drain_of(name: str, folder: str) -> str | None:
         return f"a reason that cannot be read: {problem.strerror}"
 
 
+def clients_of(port: int, net: str = "/proc/self/net") -> frozenset[str]:
+    """The addresses that have an open connection to this port of the host, as the kernel writes them."""
+    rows = (line.split() for table in ("tcp", "tcp6") for line in read_text(f"{net}/{table}").splitlines()[1:])
+    local = f":{port:04X}"
+    return frozenset(row[2] for row in rows if len(row) > 3 and row[3] == ESTABLISHED and row[1].endswith(local))
+
+
 def look_at(endpoint: Endpoint, seconds: float) -> Look:
     """One look at an engine's ``/metrics``."""
     try:
@@ -154,7 +164,7 @@ def look_at(endpoint: Endpoint, seconds: float) -> Look:
 def send_canary(endpoint: Endpoint, seconds: float, clock: Callable[[], float] = time.monotonic) -> Canary:
     """A completion of one token, of the first model that the server lists."""
     began = clock()
-    kind, reason = "ok", ""
+    kind, reason, late = "ok", "", False
     try:
         listed = _openai.models(endpoint, seconds)
         left = max(began + seconds - clock(), 0.001)
@@ -162,8 +172,8 @@ def send_canary(endpoint: Endpoint, seconds: float, clock: Callable[[], float] =
     except EndpointError as problem:
         # 429 is an overloaded server. The rest of 4xx is an answer of the API server alone: another key, another name.
         turned_away = problem.status is not None and 400 <= problem.status < 500 and problem.status != 429
-        kind, reason = "refused" if turned_away else "failed", str(problem)
-    return Canary(kind, reason, round(clock() - began, 3))
+        kind, reason, late = "refused" if turned_away else "failed", str(problem), isinstance(problem, DeadlineExceeded)
+    return Canary(kind, reason, round(clock() - began, 3), late)
 
 
 def notify(message: str, environment: Mapping[str, str]) -> None:
@@ -308,12 +318,15 @@ class Daemon:
     async def _look_on(self, item: Instance) -> None:
         watch, wake = self.watches[item.name], self._wake[item.name]
         endpoint = Endpoint(item.name, item.url)  # /metrics asks for no key
+        port = urlsplit(item.url).port or 80
         while True:
             wake.clear()  # before the look: a canary that ends during it is judged by another one
             began = time.monotonic()
             look = await self._blocking(look_at, endpoint, self.thresholds.metrics_timeout)
             unit = await self._blocking(self._unit_state, item.unit) if watch.wants_unit(look.kind) else ""
-            look = look._replace(unit=unit, drain=drain_of(item.name, self.paths.drain))
+            # Nothing waits between this and the verdict, so the watch knows whether a canary is among the clients.
+            clients = clients_of(port) if look.kind == "answered" and not look.counters[RUNNING] else frozenset()
+            look = look._replace(unit=unit, drain=drain_of(item.name, self.paths.drain), clients=clients)
             self._tell(watch.observe(look, began, time.monotonic()))
             if watch.wants_restart(time.monotonic()):
                 await self._restart(item, watch)

@@ -18,7 +18,7 @@ RUNNING, KV_USAGE = "vllm:num_requests_running", "vllm:kv_cache_usage_perc"
 GENERATED, PROMPTS = "vllm:generation_tokens_total", "vllm:prompt_tokens_total"
 LIMITS = Thresholds()
 OK = Canary("ok")
-FAILED = Canary("failed", "no answer within 4 s")
+FAILED = Canary("failed", "no answer within 4 s", 4.0, True)
 REFUSED = Look("refused", reason="Connection refused")
 SILENT = Look("silent", reason="no answer within 2 s")
 
@@ -118,7 +118,7 @@ def test_well_looks_are_no_decisions():
 
 def test_a_canary_is_sent_after_stall_seconds_without_progress():
     story = Story().up()
-    story.look(counters(), 2.5)
+    story.look(counters(), 1.5)
     assert not story.watch.wants_canary(story.now)
     story.look(counters(), 1.0)
     assert story.watch.wants_canary(story.now)
@@ -182,6 +182,45 @@ def test_an_idle_engine_is_asked_seldom_and_may_fail_once():
     assert story.watch.wants_canary(story.now)
     story.canary(FAILED, 4.0).look(idle)
     assert story.watch.word().startswith("down #2 canaries in a row failed on an idle engine: ")
+
+
+def waited_for(client="0100007F:C001"):
+    """Nothing runs, and a client is connected."""
+    return counters(running=0)._replace(clients=frozenset([client]))
+
+
+def test_clients_that_wait_for_an_engine_without_requests():
+    """It hung between two requests: it does not know of those that came since."""
+    story = Story().up().look(waited_for()).look(waited_for()).look(waited_for())
+    assert not story.watch.wants_canary(story.now)
+    story.look(waited_for())
+    assert story.watch.wants_canary(story.now)
+    story.canary(FAILED, 4.0).look(waited_for(), 0.1)
+    assert story.watch.word().startswith("down #no token for 7 s for the clients that are connected and the canary fa")
+
+
+def test_clients_that_come_and_go_are_no_hurry():
+    story = Story().up()
+    for number in range(8):
+        story.look(waited_for(f"0100007F:C00{number}"))
+        assert not story.watch.wants_canary(story.now)
+
+
+def test_a_quick_failure_is_no_hang_yet_though_clients_are_connected():
+    story = Story().up().look(waited_for()).look(waited_for(), 4.0)
+    story.canary(Canary("failed", "HTTP 500")).look(waited_for())
+    assert story.watch.state == "up"
+    story.canary(Canary("failed", "HTTP 500")).look(waited_for())
+    assert story.watch.state == "hung"
+
+
+def test_the_canarys_own_connection_is_no_client():
+    story = Story().up().look(counters(running=0)).look(counters(running=0), 10.0)
+    story.watch.canary_begins(story.now)
+    story.look(waited_for()).look(waited_for()).look(waited_for())
+    story.decisions += story.watch.canary_ends(FAILED, story.now + 1.0)
+    story.look(counters(running=0), 1.1)
+    assert story.watch.state == "up"
 
 
 def test_idle_failures_with_an_answer_between_are_no_hang():
@@ -328,6 +367,15 @@ def test_a_restart_is_wanted_once_the_hang_has_lasted():
     assert not story.watch.wants_restart(story.now)
     story.look(counters(), 30.0)
     assert story.watch.wants_restart(story.now)
+
+
+def test_an_engine_whose_steps_are_long_is_not_restarted():
+    """Ejected for a step longer than stall and canary, it still comes on: one of 120,000 tokens on a processor did."""
+    story = Story().hung()
+    for step in range(20):
+        story.look(counters(**{KV_USAGE: step / 100}), 20.0).look(counters(**{KV_USAGE: step / 100}), 9.0)
+        assert not story.watch.wants_restart(story.now)
+    assert story.watch.state == "hung"
 
 
 def test_a_unit_that_systemd_does_not_call_active_is_not_restarted():

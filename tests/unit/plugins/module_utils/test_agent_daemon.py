@@ -220,6 +220,30 @@ def test_an_idle_engine_that_hangs_is_ejected(host, fake_vllm):
     assert agent.becomes("down").startswith("down #2 canaries in a row failed on an idle engine")
 
 
+def test_an_engine_that_hung_between_two_requests_is_ejected_for_the_client_that_waits(host, fake_vllm):
+    """By its own metrics it is idle: only the open connection tells that somebody waits."""
+    agent = host.start(host.engine("primary", fake_vllm.url), restart_after=1000, idle_canary_interval=1000)
+    agent.becomes("up")
+    fake_vllm.chat = "hang"
+    time.sleep(3 * QUICK["stall_seconds"])
+    assert agent.word() == "up ready\n"
+    with socket.create_connection(("127.0.0.1", fake_vllm.port)):
+        agent.becomes("down #no token for ")
+    assert agent.decisions() == ["admit", "eject"]
+
+
+def test_clients_are_found_in_both_address_families(tmp_path):
+    """Lines of /proc/net/tcp and tcp6: a listener, a client, one that has closed, and one of another port."""
+    head = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
+    rows = ["0100007F:1F41 00000000:0000 0A", "0100007F:1F41 0100007F:C001 01", "0100007F:1F41 0100007F:C002 08"]
+    rows.append("0100007F:1F42 0100007F:C003 01")
+    (tmp_path / "tcp").write_text(head + "".join(f"   0: {row} 00000000:00000000 00:0 0 0 0 1\n" for row in rows))
+    mapped = "0000000000000000FFFF00000100007F"
+    (tmp_path / "tcp6").write_text(head + f"   0: {mapped}:1F41 {mapped}:C004 01 00000000:00000000 00:0 0 0 0 1\n")
+    assert _agent_daemon.clients_of(8001, str(tmp_path)) == {"0100007F:C001", f"{mapped}:C004"}
+    assert _agent_daemon.clients_of(80, str(tmp_path)) == frozenset()
+
+
 def test_a_server_that_takes_connections_and_says_nothing_hangs(host):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         agent = host.start(host.engine("primary", f"http://127.0.0.1:{silent.getsockname()[1]}"), restart_after=1000)
@@ -292,6 +316,7 @@ def test_what_a_canary_says(fake_vllm, chat, kind):
     fake_vllm.chat = chat
     canary = _agent_daemon.send_canary(Endpoint("primary", fake_vllm.url), 0.5 if "hang" in chat else 5.0)
     assert canary.kind == kind
+    assert canary.late == ("hang" in chat)
     assert canary.seconds < 5
 
 
