@@ -172,7 +172,9 @@ class Watch:
         decisions = self._drained(look.drain)
         self.unit = look.unit
         moved = self._take(look, now)
-        if look.unit in UNIT_STATES:
+        # A unit starts until the gateway sends to it, so an engine that answers before that is judged like any other.
+        answers = look.kind in ("answered", "blind")
+        if look.unit in UNIT_STATES and not (UNIT_STATES[look.unit] == STARTING and answers):
             return decisions + self._enter(UNIT_STATES[look.unit], f"the unit is {look.unit}", now)
         if look.kind == "refused":
             return decisions + self._enter(UNREACHABLE, look.reason, now)

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 #: Runs a command and returns exit status, standard output, standard error. AnsibleModule.run_command fits.
 Runner = Callable[[list[str]], "tuple[int, str, str]"]
@@ -100,6 +100,17 @@ def foreign_listeners(ports: Mapping[str, int], own_uid: int | None, proc: str =
         f"port {port} of instance {name} is taken by {found[port]}: stop it, or declare another port"
         for name, port in ports.items()
         if port in found and not own(found[port])
+    ]
+
+
+def taken_ports(services: Iterable[Mapping[str, Any]], proc: str = "/proc") -> list[str]:
+    """A sentence for each service (``name``, ``port``, ``unit``) whose port a program outside its unit has."""
+    services = list(services)
+    found = {listener.port: listener for listener in listeners((item["port"] for item in services), proc)}
+    return [
+        f"port {item['port']} ({item['name']}) is taken by {found[item['port']]}: stop it, or set another port"
+        for item in services
+        if item["port"] in found and found[item["port"]].unit != item["unit"]
     ]
 
 

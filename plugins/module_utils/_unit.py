@@ -10,7 +10,7 @@ the unit runs this helper
     backs off after failed starts, waits for the host's other engines to finish theirs, and for the
     memory of its GPUs;
 ``ready`` (ExecStartPost)
-    holds the start job until the engine has answered a completion;
+    holds the start job until the engine has answered a completion, and the gateway, where there is one, uses it;
 ``leave`` (ExecStop)
     has the gateway, where there is one, send nothing more before the engine is asked to stop;
 ``stopped`` (ExecStopPost)
@@ -40,7 +40,7 @@ from typing import Any
 
 from . import _openai
 from ._calibration import CALIBRATION, keep, parse, read_settings
-from ._gateway_watch import parse_statistics
+from ._gateway_watch import Server, parse_statistics
 from ._health import Look, pause_for, wait_until
 from ._host import Runner, read_text
 from ._http import Endpoint, EndpointError
@@ -55,6 +55,8 @@ GPU_RELEASE_SECONDS = 90.0
 GATEWAY = "http://127.0.0.1:8404/;csv"
 #: The gateway asks the health agent once a second whether an engine is being drained.
 LEAVE_SECONDS = 5.0
+#: Its own check passes twice, a second apart, and the health agent's word comes on top.
+RETURN_SECONDS = 15.0
 #: What this helper writes into a drain file; another text is an operator's, whose file is left alone.
 LEAVING = "the unit stops\n"
 
@@ -302,6 +304,7 @@ class Helper:
         self.turn.give()
         if read_text(self.drain) == LEAVING:
             os.unlink(self.drain)
+        self._wait_for_gateway()
         self.say(probe.reason)
         if self.environment.get("CUDA_VISIBLE_DEVICES"):
             try:
@@ -334,14 +337,30 @@ class Helper:
                 return
             self.pause(0.1)
 
+    def _wait_for_gateway(self) -> None:
+        """Whoever restarts engines one after the other stops the next one when this start job has ended.
+
+        An operator's drain file keeps the engine out for as long as it is there.
+        """
+        end = time.monotonic() + RETURN_SECONDS
+        while not os.path.exists(self.drain) and (server := self._at_gateway()) is not None and not server.in_use:
+            if time.monotonic() >= end:
+                self.say(f"the gateway does not use {self.name} after {RETURN_SECONDS:.0f} s: going on all the same")
+                return
+            self.pause(0.1)
+
     def _sent_to(self) -> bool:
         """Whether this host's gateway sends requests here. Without a gateway nobody does."""
+        server = self._at_gateway()
+        return server is not None and server.in_use
+
+    def _at_gateway(self) -> Server | None:
+        """This engine as the host's gateway sees it; None without a gateway, or where it does not know the engine."""
         try:
             page = _openai.get(Endpoint("gateway", self.gateway), "", 2.0).decode("utf-8", "replace")
-            server = parse_statistics(page).get(self.name)
+            return parse_statistics(page).get(self.name)
         except (EndpointError, ValueError):
-            return False
-        return server is not None and server.in_use
+            return None
 
     def stopped(self) -> None:
         self.turn.give()

@@ -25,6 +25,24 @@ options:
     type: list
     elements: dict
     required: true
+  services:
+    description: What listens beside the engines.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      name:
+        description: What to call it in a message, such as the variable that has its port.
+        type: str
+        required: true
+      port:
+        description: Its TCP port.
+        type: int
+        required: true
+      unit:
+        description: Its systemd unit, which may have the port already.
+        type: str
+        required: true
   user:
     description: The engines' user, who may have the ports already.
     type: str
@@ -176,6 +194,16 @@ def main():
         argument_spec={
             "device": {"type": "str", "choices": ["cuda", "cpu"], "required": True},
             "instances": {"type": "list", "elements": "dict", "required": True},
+            "services": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": {
+                    "name": {"type": "str", "required": True},
+                    "port": {"type": "int", "required": True},
+                    "unit": {"type": "str", "required": True},
+                },
+            },
             "user": {"type": "str", "required": True},
             "python": {"type": "path", "required": True},
             "release": {"type": "path", "required": True},
@@ -237,6 +265,7 @@ def main():
     except KeyError:
         own_uid = None
     errors += _host.foreign_listeners({instance["name"]: instance["port"] for instance in instances}, own_uid)
+    errors += _host.taken_ports(params["services"])
 
     result: dict[str, Any] = {"gpus": {}, "gpu_problem": "", "findings": [], "devices": [], "provisional": False}
     if params["device"] == "cuda":

@@ -311,10 +311,12 @@ def test_a_new_engine_has_its_time_for_a_first_token():
 
 
 @pytest.mark.parametrize(
-    ("unit", "state"),
-    [("activating", "starting"), ("reloading", "starting"), ("deactivating", "stopped"), ("failed", "stopped")],
+    ("unit", "state", "look"),
+    [
+        *((unit, "starting", look) for unit in ("activating", "reloading") for look in (REFUSED, SILENT)),
+        *((unit, "stopped", look) for unit in ("deactivating", "failed") for look in (REFUSED, SILENT, counters())),
+    ],
 )
-@pytest.mark.parametrize("look", [REFUSED, SILENT, counters()])
 def test_a_unit_that_starts_or_stops_is_out_and_left_alone(unit, state, look):
     story = Story().hung()
     for _ in range(3):
@@ -324,6 +326,21 @@ def test_a_unit_that_starts_or_stops_is_out_and_left_alone(unit, state, look):
         assert not story.watch.wants_canary(story.now)
         assert not story.watch.wants_restart(story.now)
     assert story.made() == ["state"]
+
+
+def test_an_engine_that_answers_is_admitted_before_its_unit_has_started():
+    story = Story().up().look(REFUSED).look(REFUSED._replace(unit="activating"))
+    assert story.watch.state == "starting"
+    story.look(counters(0)._replace(unit="activating"))
+    assert story.watch.state == "unproven"
+    assert story.canary(OK).watch.word() == "up ready"
+
+
+def test_an_engine_that_hangs_while_its_unit_starts_is_not_restarted():
+    story = Story().hung()
+    story.look(counters(3)._replace(unit="activating"), 100.0)
+    assert story.watch.word().startswith("down #")
+    assert not story.watch.wants_restart(story.now)
 
 
 def test_systemd_is_asked_only_when_something_is_wrong():

@@ -49,6 +49,24 @@ def proc(tmp_path):
     return FakeProc(tmp_path)
 
 
+SERVICES = [
+    {"name": "vllm_gateway_port", "port": 8000, "unit": "vllm-gateway.service"},
+    {"name": "vllm_health_agent_port", "port": 8403, "unit": "vllm-health.service"},
+]
+
+
+def test_a_service_keeps_its_port_and_another_program_is_named_with_the_variable(proc):
+    proc.process(412, "haproxy", "/system.slice/vllm-gateway.service", 90)
+    proc.socket(8000, 90)
+    assert _host.taken_ports(SERVICES, str(proc.path)) == []
+    proc.process(413, "haproxy", "/system.slice/haproxy.service", 91)
+    proc.socket(8403, 91)
+    assert _host.taken_ports(SERVICES, str(proc.path)) == [
+        "port 8403 (vllm_health_agent_port) is taken by haproxy (process 413, haproxy.service): "
+        "stop it, or set another port"
+    ]
+
+
 def test_free_ports_are_fine(proc):
     proc.process(7, "sshd", "/system.slice/ssh.service", 70)
     proc.socket(22, 70)

@@ -377,7 +377,7 @@ class Gateway(ThreadingHTTPServer):
     """HAProxy's page of statistics. It drains an engine some looks after the drain file is there, or never."""
 
     def __init__(self, drain, looks):
-        self.drain, self.looks, self.seen = drain, looks, 0
+        self.drain, self.looks, self.seen, self.returns = drain, looks, 0, 0
         super().__init__(("127.0.0.1", 0), GatewayHandler)
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -386,6 +386,9 @@ class Gateway(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/;csv"
 
     def status(self):
+        if self.returns:
+            self.returns -= 1
+            return "DOWN 1/2"
         self.seen += self.drain.exists()
         return "DRAIN" if self.seen > self.looks else "UP"
 
@@ -425,6 +428,22 @@ def test_the_gateway_lets_go_before_the_stop_and_sends_again_after_the_start(hel
     assert server.drain.exists()
     helper(MAINPID=str(engine.pid)).ready()
     assert not server.drain.exists()
+
+
+def test_a_start_ends_when_the_gateway_uses_the_engine(helper, gateway, engine):
+    server, pauses = gateway(looks=0), []
+    server.returns = 3
+    helper(gateway=server.url, pause=pauses.append, MAINPID=str(engine.pid)).ready()
+    assert (server.returns, pauses) == (0, [0.1] * 3)
+
+
+def test_a_gateway_that_does_not_take_the_engine_is_told_and_not_waited_for(helper, gateway, engine, monkeypatch):
+    monkeypatch.setattr(_unit, "RETURN_SECONDS", 0.0)
+    server = gateway(looks=0)
+    server.returns = 10**6
+    made = helper(gateway=server.url, MAINPID=str(engine.pid))
+    made.ready()
+    assert "the gateway does not use primary after 0 s: going on all the same" in made.said
 
 
 def test_a_drain_of_an_operator_outlives_a_restart(helper, gateway, engine):
