@@ -27,6 +27,7 @@ HARMLESS = frozenset(
         "gpu-memory-utilization",
         "kv-cache-memory-bytes",
         "max-model-len",
+        "middleware",
         "enable-prefix-caching",
         "enable-log-requests",
         "disable-access-log-for-endpoints",

@@ -2,9 +2,9 @@
 # Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
 """From what the operator declares to what each engine gets. Pure: nothing here reads a host.
 
-Arguments come in layers, each over the one before: what the declaration itself fixes (model, port,
-host, served name, tensor-parallel-size), the profile, the arguments of all instances, those of the
-instance. Every mistake is collected, so that one run names them all.
+Arguments come in layers, each over the one before: what the declaration itself gives (model, port,
+host, served name, tensor-parallel-size, middleware), the profile, the arguments of all instances,
+those of the instance. Every mistake is collected, so that one run names them all.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ _DECLARED_ENVIRONMENT = {
 }
 #: Arguments that guides still name and vLLM has dropped.
 _REMOVED = {"disable-log-requests": "; request logging is off unless enable-log-requests is true"}
+#: Role vllm_instances puts it on the host, and PYTHONPATH of the engines leads to it.
+_MIDDLEWARE = "nvl_vllm.first_token.FirstToken"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SOURCES = ("hub", "controller", "host")
 _INSTANCE_KEYS = ("name", "port", "gpus", "profile", "arguments", "environment")
@@ -307,10 +309,13 @@ class _Resolver:
             "host": declared.host,
             "port": port,
             "tensor-parallel-size": max(1, len(gpus)),
+            "middleware": _MIDDLEWARE,
         }
         result.update(self.profiles[profile])
         result.update(self.common_arguments)
         result.update(own)
+        if result["middleware"] == "":  # vLLM would look for a module without a name
+            del result["middleware"]
         return result
 
     def merged_environment(self, own: Mapping[str, str]) -> dict[str, str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from ansible_collections.nvl.vllm.plugins.module_utils import _declaration
 
 ROOT = Path(__file__).parents[2]
 ROLES = sorted(path.name for path in (ROOT / "roles").iterdir())
@@ -80,6 +82,21 @@ def test_the_units_helper_is_copied_with_all_that_it_imports():
             wanted += [line.split()[1].lstrip(".") for line in lines if line.startswith("from ._")]
     variables = yaml.safe_load((ROOT / "roles/vllm_instances/vars/main.yml").read_text())
     sources = [item["src"] for item in variables["__vllm_instances_helper"]]
-    assert {source.rpartition("/")[2] for source in sources if source.endswith(".py")} == {
+    prefix = "{{ __vllm_instances_utils }}/"
+    assert {source.removeprefix(prefix) for source in sources if source.startswith(prefix)} == {
         f"{name}.py" for name in found
     }
+
+
+def test_the_middleware_of_the_engines_is_where_they_look_for_it():
+    """The declaration names a class, the role puts its file below a directory, the environment names that directory."""
+    module, _, name = _declaration._MIDDLEWARE.rpartition(".")
+    role = ROOT / "roles/vllm_instances"
+    variables = yaml.safe_load((role / "vars/main.yml").read_text())
+    sources = {
+        item["dest"].replace("{{ __vllm_instances_lib }}", variables["__vllm_instances_lib"]): item["src"]
+        for item in variables["__vllm_instances_helper"]
+    }
+    directory = re.search(r"^PYTHONPATH=.*?'([^']+)'", (role / "templates/instance.env.j2").read_text(), re.MULTILINE)
+    source = sources[f"{directory[1]}/{module.replace('.', '/')}.py"]
+    assert f"\nclass {name}:" in (role / "files" / source).read_text()

@@ -66,6 +66,7 @@ def test_default_pair_is_complete():
         "host": "127.0.0.1",
         "port": 8001,
         "tensor-parallel-size": 1,
+        "middleware": "nvl_vllm.first_token.FirstToken",
         **GUIDE,
     }
     assert (second.name, second.port, second.gpus, second.arguments["port"]) == ("secondary", 8002, [1], 8002)
@@ -85,6 +86,12 @@ def test_layers_lie_over_each_other_instance_on_top():
     )
     chosen = {key: found[0].arguments[key] for key in profiles["guide"]}
     assert chosen == {"max-num-seqs": 1, "max-model-len": 2, "seed": 3}
+
+
+def test_a_middleware_of_the_operator_replaces_ours_and_an_empty_one_removes_it():
+    own = instances(arguments={"middleware": "theirs.Theirs"}, instances=one(arguments={"middleware": ""}) + PAIR[1:])
+    assert "middleware" not in own[0].arguments
+    assert own[1].arguments["middleware"] == "theirs.Theirs"
 
 
 def test_an_instance_may_have_another_profile():

@@ -1,0 +1,141 @@
+# Copyright: the nvl.vllm authors
+# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+"""ASGI middleware of the engines: a streamed answer begins with its first token, and not before.
+
+vLLM sends the head of a streamed answer, status 200, as soon as it has taken the request. The first
+token can be seconds away, and where the engine dies or hangs meanwhile, it is too late: a gateway
+sends a request to another engine only until the first byte of an answer has come. So the head waits
+here until there is a token to go with it. That costs no time: a client can do nothing with a head.
+
+vLLM loads it with ``--middleware nvl_vllm.first_token.FirstToken``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+#: What answers with tokens. Clients of other paths get what vLLM sends, when it sends it.
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+#: Events with which vLLM greets a client of /v1/responses, before the engine has done anything.
+_GREETINGS = (b"event: response.created\n", b"event: response.in_progress\n")
+_DATA = b"data: "
+
+
+class FirstToken:
+    """Holds the head of each streamed answer until the first piece that the engine made.
+
+    A stream that begins with vLLM's error event becomes an answer with that event's status, as
+    clients know how to retry a status and not an error in a stream. A request to an engine that is
+    known to be dead is answered with 503. Everything else passes: other paths, what the client sends,
+    that it goes away, and exceptions, which vLLM answers with 500 where no head has left.
+    """
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not _wants_tokens(scope):
+            await self.app(scope, receive, send)
+        elif _engine_is_dead(scope):
+            # This request did not kill it, so a gateway may send it to another engine. What was under way when the
+            # engine died gets vLLM's own 500: it may be the cause, and must not kill the next engine, too.
+            message = "The engine of this server has died and is about to be restarted."
+            error = {"message": message, "type": "ServiceUnavailableError", "param": None, "code": 503}
+            await _send_error(send, 503, error, [(b"retry-after", b"1")])
+        else:
+            await self.app(scope, receive, _Answer(send).send)
+
+
+class _Answer:
+    """One answer on its way to the client."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._held: list[Message] = []
+        self._released = False
+        self._refused = False
+
+    async def send(self, message: Message) -> None:
+        """Pass on what the application sends, or hold it."""
+        if self._released:
+            await self._send(message)
+        elif self._refused:
+            pass  # the rest of a stream whose client has got an error instead
+        elif not self._held:
+            if _begins_stream(message):
+                self._held.append(message)
+            else:
+                await self._send(message)
+        elif _is_early(message):
+            self._held.append(message)
+        elif (error := _error(message)) is not None:
+            self._refused = True
+            code = error.get("code")
+            status = code if isinstance(code, int) and 400 <= code <= 599 else 500
+            # What the layers below have added to the head (for browsers, say) counts for this answer, too.
+            kept = [it for it in self._held[0]["headers"] if it[0].lower() not in (b"content-type", b"content-length")]
+            await _send_error(self._send, status, error, kept)
+        else:
+            self._released = True
+            for held in (*self._held, message):
+                await self._send(held)
+
+
+def _wants_tokens(scope: Scope) -> bool:
+    if scope["type"] != "http" or scope["method"] != "POST":
+        return False
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", "")) in PATHS
+
+
+def _engine_is_dead(scope: Scope) -> bool:
+    """Whether vLLM knows that its engine is dead. Where it keeps that elsewhere, nothing is known."""
+    state = getattr(scope.get("app"), "state", None)
+    return bool(getattr(getattr(state, "engine_client", None), "errored", False))
+
+
+def _begins_stream(message: Message) -> bool:
+    if message["type"] != "http.response.start" or message["status"] != 200:
+        return False
+    headers = {name.lower(): value for name, value in message.get("headers", ())}
+    return bool(headers.get(b"content-type", b"").startswith(b"text/event-stream"))
+
+
+def _is_early(message: Message) -> bool:
+    """Whether a piece of a stream comes before anything that the engine made.
+
+    A comment (": keep-alive") does so, too, and is not held: who sets sse-keep-alive-interval wants bytes on the way
+    during the wait, as something in between closes connections that are silent.
+    """
+    if message["type"] != "http.response.body" or not message.get("more_body", False):
+        return False
+    piece = bytes(message.get("body", b""))
+    return not piece or piece.startswith(_GREETINGS)
+
+
+def _error(message: Message) -> dict[str, Any] | None:
+    """The error that vLLM puts into a stream, where the piece is one: ``data: {"error": {…, "code": 500}}``."""
+    line = bytes(message.get("body", b"")).partition(b"\n")[0]
+    if not line.startswith(_DATA):
+        return None
+    try:
+        event = json.loads(line[len(_DATA) :])
+    except ValueError:  # the end of a stream, "[DONE]"
+        return None
+    error = event.get("error") if isinstance(event, dict) else None
+    return error if isinstance(error, dict) else None
+
+
+async def _send_error(send: Send, status: int, error: dict[str, Any], headers: list[tuple[bytes, bytes]]) -> None:
+    body = json.dumps({"error": error}).encode()
+    own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, *own]})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
