@@ -15,6 +15,8 @@ short_description: Failover drills as a table
 version_added: 0.1.0
 description:
   - A row for each drill with its numbers. C(RETRIED) counts what the client or the gateway sent again.
+    Where the drills come from a loop whose items have a C(name), a drill is called by that, else by
+    what was done.
   - Below the table a sentence for each limit that was not kept, and one for each drill that was
     skipped or refused.
 author: The nvl.vllm authors
@@ -40,9 +42,15 @@ _value:
 """
 
 HEADER = (
-    *("FAULT", "VIA", "VERDICT", "SENT", "OK", "LOST", "RETRIED", "CUT"),
+    *("DRILL", "VIA", "VERDICT", "SENT", "OK", "LOST", "RETRIED", "CUT"),
     *("P50", "P99", "WORST", "EJECT", "FIRST OK", "RECOVER"),
 )
+
+
+def named(drill: Mapping[str, Any]) -> str:
+    """The name of the loop's item that the drill is the result of; empty where it has none."""
+    item = drill.get("item")
+    return str(item.get("name", "")) if isinstance(item, Mapping) else ""
 
 
 def drill_table(drills: Sequence[Mapping[str, Any]]) -> str:
@@ -50,8 +58,9 @@ def drill_table(drills: Sequence[Mapping[str, Any]]) -> str:
     rows: list[Sequence[str]] = [HEADER]
     notes = []
     for drill in drills:
+        name = named(drill)
         if "verdict" not in drill:
-            notes.append(f"No drill: {drill.get('msg') or 'skipped'}")
+            notes.append(f"No drill: {f'{name}: ' if name else ''}{drill.get('msg') or 'skipped'}")
             continue
         latency = drill["latency"]
         retried = drill["retried"] + (drill["retried_by_gateway"] or 0)
@@ -60,9 +69,10 @@ def drill_table(drills: Sequence[Mapping[str, Any]]) -> str:
             *(latency["p50"], latency["p99"], latency["worst"]),
             *(drill["seconds_to_eject"], drill["seconds_to_first_success"], drill["seconds_to_recover"]),
         )
-        verdict = (drill["fault"], drill["via"], drill["verdict"])
+        name = name.removesuffix(f" via {drill['via']}") or drill["fault"]
+        verdict = (name, drill["via"], drill["verdict"])
         rows.append((*verdict, *map(str, counts), *("-" if value is None else f"{value:.2f}" for value in times)))
-        notes += [f"Not kept: {drill['fault']}, {drill['via']}: {sentence}" for sentence in drill["broken"]]
+        notes += [f"Not kept: {name}, {drill['via']}: {sentence}" for sentence in drill["broken"]]
     return "\n".join([*(table(rows) if len(rows) > 1 else []), *notes])
 
 

@@ -12,8 +12,8 @@ name: report
 short_description: The short table at the end of a deploy
 version_added: 0.1.0
 description:
-  - Makes a table of instances with their state, the verdict of the last failover drill, and a
-    command to try the first one.
+  - Makes a table of instances with their state, a line about the gateway, the verdict of each failover
+    drill, and a command to try the gateway, or without one the first instance.
 author: The nvl.vllm authors
 positional: _input
 options:
@@ -27,9 +27,10 @@ options:
     type: list
     elements: dict
     required: true
-  drill:
-    description: Result of M(nvl.vllm.failover_drill).
-    type: dict
+  drills:
+    description: Results of M(nvl.vllm.failover_drill) from a loop whose items have a C(name).
+    type: list
+    elements: dict
     required: true
   model:
     description: Served name.
@@ -39,12 +40,17 @@ options:
     description: What stands for the API key in the command; empty where engines want none.
     type: str
     default: ""
+  gateway:
+    description:
+      - The gateway's C(url) and the names of the instances that it has in use (C(used)), null where it
+        was not asked. Without it there is none.
+    type: dict
 """
 
 EXAMPLES = r"""
 - name: Show what was deployed
   ansible.builtin.debug:
-    msg: "{{ instances | nvl.vllm.report(health.endpoints, drill, 'gpt-oss-120b') }}"
+    msg: "{{ instances | nvl.vllm.report(health.endpoints, drills.results, 'gpt-oss-120b') }}"
 """
 
 RETURN = r"""
@@ -65,6 +71,21 @@ def failover(drill: Mapping[str, Any]) -> str:
     return f"{numbers} (drill of {drill['proven']}, nothing changed since)" if drill.get("proven") else numbers
 
 
+def failovers(drills: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line about each drill, with its name where there are several."""
+    if len(drills) > 1:
+        return [f"{drill['item']['name']} {failover(drill)}" for drill in drills]
+    return [failover(drill) for drill in drills] or ["not drilled"]
+
+
+def door(gateway: Mapping[str, Any], names: Sequence[str]) -> str:
+    """One line about the gateway."""
+    if gateway["used"] is None:
+        return f"{gateway['url']} not asked in check mode"
+    used = [name for name in names if name in gateway["used"]]
+    return f"{gateway['url']} serves, {len(used)} of {len(names)} engines up"
+
+
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Left-aligned columns, two spaces apart."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -74,11 +95,12 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 def report(
     instances: Sequence[Mapping[str, Any]],
     endpoints: Sequence[Mapping[str, Any]],
-    drill: Mapping[str, Any],
+    drills: Sequence[Mapping[str, Any]],
     model: str,
     key: str = "",
+    gateway: Mapping[str, Any] | None = None,
 ) -> str:
-    """The table, the drill's line and a command, as text of several lines."""
+    """The table, lines about the gateway and the drills, and a command, as text of several lines."""
     health = {endpoint["name"]: endpoint for endpoint in endpoints}
     rows = [("INSTANCE", "PORT", "DEVICE", "STATE", "MODEL", "FIRST TOKEN")]
     for instance in instances:
@@ -90,12 +112,15 @@ def report(
         rows.append((instance["name"], str(instance["port"]), device, state, serves.get("model", "-"), first))
     header = f' -H "Authorization: Bearer {key}"' if key else ""
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 40}}'
+    lines = [f"Gateway   {door(gateway, [instance['name'] for instance in instances])}"] if gateway else []
+    lines += [f"{'' if number else 'Failover':8}  {line}" for number, line in enumerate(failovers(drills))]
+    url = gateway["url"] if gateway else instances[0]["url"]
     return "\n".join(
         [
             *table(rows),
             "",
-            f"Failover  {failover(drill)}",
-            f"Try it    curl -s {instances[0]['url']}/v1/chat/completions{header} \\",
+            *lines,
+            f"Try it    curl -s {url}/v1/chat/completions{header} \\",
             "            -H 'Content-Type: application/json' \\",
             f"            -d '{body}'",
         ]

@@ -5,8 +5,9 @@ with one endpoint already down would take the service down. After the fault the 
 the target serves again and some requests more; then the numbers are judged by a budget.
 
 The load goes through the client with failover (``client``), through the gateway by a plain client
-that never retries (``gateway``: what users of the door notice), or to the target alone (``single``:
-the control, which shows what the fault costs without failover).
+(``gateway``: what users of the door notice; it retries as OpenAI's library does, or never), or to the
+target alone by one that never retries (``single``: the control, which shows what the fault costs
+without failover).
 
 All times are seconds.
 """
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ._drill_report import Budget, Timeline, summarise
-from ._dual_client import COMPLETED, LOST, DualEndpointClient, Outcome, RetryPolicy
+from ._dual_client import COMPLETED, LOST, DualEndpointClient, LibraryPolicy, Outcome, RetryPolicy
 from ._engine_process import EngineError
 from ._faults import DeadMan, Fault, NotGuarded, undone
 from ._gateway_watch import RefusalWatch, StatisticsWatch, summarise_refusals
@@ -75,7 +76,8 @@ class Plan:
 
     ``recovery_timeout`` bounds each of the three phases: before the fault, until the target serves
     again, and after it. ``max_requests`` bounds the load whatever happens. Each prompt is padded with
-    ``prompt_tokens`` words. Raises ValueError.
+    ``prompt_tokens`` words. A client of the gateway makes ``gateway_retries`` further attempts.
+    Raises ValueError.
     """
 
     concurrency: int = 4
@@ -83,6 +85,7 @@ class Plan:
     requests_before: int = 8
     requests_after: int = 8
     prompt_tokens: int = 0
+    gateway_retries: int = 0
     recovery_timeout: float = 600.0
     probe_timeout: float = 30.0
     probe_interval: float = 1.0
@@ -92,8 +95,9 @@ class Plan:
         for name in ("concurrency", "max_tokens", "requests_before", "requests_after"):
             if getattr(self, name) < 1:
                 raise ValueError(f"wanted {name} of 1 or more, found {getattr(self, name)}")
-        if self.prompt_tokens < 0:
-            raise ValueError(f"wanted prompt_tokens of 0 or more, found {self.prompt_tokens}")
+        for name in ("prompt_tokens", "gateway_retries"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"wanted {name} of 0 or more, found {getattr(self, name)}")
         if self.recovery_timeout <= 0:
             raise ValueError(f"wanted recovery_timeout above 0, found {self.recovery_timeout:g}")
 
@@ -234,8 +238,7 @@ def _run(
 ) -> tuple[list[Outcome], Timeline]:
     look = Look("serves", model, plan.probe_timeout)
     served = _refuse_unless_ready(scene, look, fault, watch)
-    if scene.via != CLIENT:
-        policy = dataclasses.replace(policy, retries=0)
+    policy = _policy_through(scene.via, policy, plan)
     loaded = [fault.entrance(endpoint) for endpoint in scene.loaded]
     names = [endpoint.name for endpoint in loaded]
     with DualEndpointClient(loaded, policy, served) as client:
@@ -253,6 +256,13 @@ def _run(
         finally:
             outcomes = load.stop()
     return outcomes, timeline
+
+
+def _policy_through(via: str, policy: RetryPolicy, plan: Plan) -> RetryPolicy:
+    """How the load's client goes on after a failure."""
+    if via == GATEWAY:
+        return LibraryPolicy(**{**dataclasses.asdict(policy), "retries": plan.gateway_retries})
+    return dataclasses.replace(policy, retries=0) if via == SINGLE else policy
 
 
 @contextmanager

@@ -7,6 +7,8 @@
 - After the first streamed token nothing is retried: the user has seen half an answer. Neither is a
   request that the server rejects (4xx other than 408 and 429): it would be rejected again.
 
+With a LibraryPolicy it behaves as a client of one door that is built on OpenAI's library.
+
 All times are seconds on the client's clock.
 """
 
@@ -16,14 +18,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from . import _openai
 from ._health import Look, check
-from ._openai import Completion, Endpoint, EndpointError, Messages
+from ._openai import Completion, ConnectFailed, Endpoint, EndpointError, HttpStatus, Messages
 
 COMPLETED = "completed"
 TRUNCATED = "truncated"  # failed after output had been streamed
 LOST = "lost"  # failed without any output, and no retry is left
+
+LIBRARY_PAUSE, LIBRARY_PAUSE_LIMIT = 0.5, 8.0  # of OpenAI's Python library
 
 # transport(endpoint, messages, max_tokens, stream, deadline_seconds); raises EndpointError
 Transport = Callable[[Endpoint, Messages, int, bool, float], Completion]
@@ -41,6 +46,8 @@ class RetryPolicy:
     backoff_base: float = 2.0
     health_interval: float = 30.0
     request_timeout: float = 60.0
+    #: Whether news of a recovery ends a back-off.
+    wakes_early: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.retries < 0 or self.backoff_base < 0:
@@ -51,6 +58,27 @@ class RetryPolicy:
     def backoff(self, number: int) -> float:
         """Seconds of the back-off with this number, counted from 0."""
         return self.backoff_base * 2.0**number
+
+    def worth_another(self, error: EndpointError) -> bool:
+        """Whether a further attempt may end better than this one, which failed before any output."""
+        return not _rejected(error) or error.status in (408, 429)
+
+
+@dataclass(frozen=True)
+class LibraryPolicy(RetryPolicy):
+    """The further attempts of OpenAI's library, where a client makes them: after a failed connection or a 5xx.
+
+    ``backoff_base`` is for what comes after a lost request alone. The library's pauses vary a little,
+    which is left out here, and so is Retry-After. Raises ValueError.
+    """
+
+    wakes_early: ClassVar[bool] = False  # it knows nothing of health
+
+    def backoff(self, number: int) -> float:
+        return min(LIBRARY_PAUSE * 2.0**number, LIBRARY_PAUSE_LIMIT)
+
+    def worth_another(self, error: EndpointError) -> bool:
+        return isinstance(error, ConnectFailed) or (isinstance(error, HttpStatus) and (error.status or 0) >= 500)
 
 
 @dataclass(frozen=True)
@@ -199,8 +227,8 @@ class DualEndpointClient:
             return COMPLETED
         if error.chunks:
             return TRUNCATED
-        hopeless = _rejected(error) and error.status not in (408, 429)
-        return LOST if hopeless or attempts > self.policy.retries or self._closed else ""
+        again = attempts <= self.policy.retries and self.policy.worth_another(error) and not self._closed
+        return "" if again else LOST
 
     def _choose(self, tried: dict[_Member, int]) -> tuple[_Member, int]:
         """The next endpoint, and its events: not tried yet, then healthy, then whose turn it is."""
@@ -213,11 +241,12 @@ class DualEndpointClient:
             return member, member.events
 
     def _back_off(self, seconds: float, tried: dict[_Member, int]) -> None:
-        """Wait so long, or until an endpoint has recovered since this request tried it."""
+        """Wait so long, or by the policy until an endpoint has recovered since this request tried it."""
         end = self._timer.now() + seconds
         with self._changed:
-            while not self._closed and not any(
-                member.healthy and member.events != events for member, events in tried.items()
+            while not self._closed and not (
+                self.policy.wakes_early
+                and any(member.healthy and member.events != events for member, events in tried.items())
             ):
                 left = end - self._timer.now()
                 if left <= 0:

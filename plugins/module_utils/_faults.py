@@ -109,6 +109,7 @@ class _KillProcess(Fault):
         self._signal(0)
 
     def inject(self) -> None:
+        _allow_start(self._run, self._unit)
         self._killed = self._signal(signal.SIGKILL)
 
     def pending(self) -> str:
@@ -238,6 +239,7 @@ class Stop(Fault):
 
     def inject(self) -> None:
         self._stopped_run = self._look()[1]
+        _allow_start(self._run, self._unit)
         self._stopping = True
         _systemctl(self._run, "--no-block", "stop", "--", self._unit)
 
@@ -437,6 +439,14 @@ def undone(fault: Fault, timer: DeadMan) -> Iterator[None]:
         fault.restore()
         if fault.undo:
             timer.cancel()
+
+
+def _allow_start(run: Runner, unit: str) -> None:
+    """Have systemd count the unit's starts from zero. Raises EngineError.
+
+    A few drills in a row would otherwise use up its start limit, and the next one would leave the unit failed.
+    """
+    _systemctl(run, "reset-failed", "--", unit)
 
 
 def _systemctl(run: Runner, *arguments: str) -> str:

@@ -104,13 +104,20 @@ def foreign_listeners(ports: Mapping[str, int], own_uid: int | None, proc: str =
 
 
 def taken_ports(services: Iterable[Mapping[str, Any]], proc: str = "/proc") -> list[str]:
-    """A sentence for each service (``name``, ``port``, ``unit``) whose port a program outside its unit has."""
+    """A sentence for each service (``name``, ``port``, ``unit``, ``uid``) whose port a program outside its unit has.
+
+    ``uid`` is the user of the service's socket, None where there is none yet: it decides where the program cannot be told.
+    """
     services = list(services)
     found = {listener.port: listener for listener in listeners((item["port"] for item in services), proc)}
+
+    def own(item: Mapping[str, Any], listener: Listener) -> bool:
+        return bool(listener.unit == item["unit"] if listener.pid else listener.uid == item["uid"])
+
     return [
         f"port {item['port']} ({item['name']}) is taken by {found[item['port']]}: stop it, or set another port"
         for item in services
-        if item["port"] in found and found[item["port"]].unit != item["unit"]
+        if item["port"] in found and not own(item, found[item["port"]])
     ]
 
 

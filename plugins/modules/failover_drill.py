@@ -60,8 +60,9 @@ options:
   via:
     description:
       - What the load goes through. V(client) is a client with failover between all endpoints, as the
-        agentic client has it. V(gateway) is a plain client of O(gateway_url), without retries; users
-        of the gateway notice the same. V(single) is a plain client of the target alone, the control.
+        agentic client has it. V(gateway) is a plain client of O(gateway_url) with O(gateway_retries);
+        users of the gateway notice the same. V(single) is a plain client of the target alone, without
+        retries, the control.
     type: str
     choices: [client, gateway, single]
     default: client
@@ -71,6 +72,15 @@ options:
   gateway_key:
     description: Key that the gateway asks for. Without it, O(api_key).
     type: str
+  gateway_retries:
+    description:
+      - Further attempts of a request with O(via=gateway), after a failed connection or a status of 5xx,
+        and never after the first output. They come after 0.5 s, doubled each time, at most 8 s.
+      - OpenAI's library makes 2. With V(kill) they matter, because a server whose engine dies answers
+        500 to what it had under way. A gateway has to pass that on, as the request itself may be what
+        the engine died of.
+    type: int
+    default: 0
   gateway_unit:
     description: The gateway's systemd unit, for its faults.
     type: str
@@ -229,6 +239,17 @@ EXAMPLES = r"""
   nvl.vllm.failover_drill:
     endpoints: "{{ vllm_endpoints }}"
     target: secondary
+
+- name: The primary dies, and no user of OpenAI's library who goes through the gateway loses a request
+  nvl.vllm.failover_drill:
+    endpoints: "{{ vllm_endpoints }}"
+    via: gateway
+    gateway_url: http://127.0.0.1:8000
+    gateway_retries: 2
+    stats_url: http://127.0.0.1:8404/;csv
+    budget:
+      lost: 0
+      eject: 5
 
 - name: The primary hangs, and no user of the gateway loses a request
   nvl.vllm.failover_drill:
@@ -415,7 +436,10 @@ from ansible_collections.nvl.vllm.plugins.module_utils._host import Runner
 from ansible_collections.nvl.vllm.plugins.module_utils._json_file import read_object, write_object
 from ansible_collections.nvl.vllm.plugins.module_utils._openai import Endpoint, endpoints_of
 
-PLAN = ("concurrency", "max_tokens", "requests_before", "requests_after", "prompt_tokens", "recovery_timeout")
+PLAN = (
+    *("concurrency", "max_tokens", "requests_before", "requests_after", "prompt_tokens"),
+    *("gateway_retries", "recovery_timeout"),
+)
 POLICY = ("retries", "backoff_base", "health_interval", "request_timeout")
 
 

@@ -43,6 +43,10 @@ options:
         description: Its systemd unit, which may have the port already.
         type: str
         required: true
+      user:
+        description: The user who makes its socket.
+        type: str
+        required: true
   user:
     description: The engines' user, who may have the ports already.
     type: str
@@ -189,6 +193,14 @@ def staged_mib(model):
     return sum(os.stat(file).st_blocks * 512 for file in files) // 2**20
 
 
+def uid_of(user):
+    """The user's number; None where there is no such user yet."""
+    try:
+        return pwd.getpwnam(user).pw_uid
+    except KeyError:
+        return None
+
+
 def main():
     module = AnsibleModule(
         argument_spec={
@@ -202,6 +214,7 @@ def main():
                     "name": {"type": "str", "required": True},
                     "port": {"type": "int", "required": True},
                     "unit": {"type": "str", "required": True},
+                    "user": {"type": "str", "required": True},
                 },
             },
             "user": {"type": "str", "required": True},
@@ -260,12 +273,9 @@ def main():
             "mount it, or set another vllm_model_source"
         )
 
-    try:
-        own_uid = pwd.getpwnam(params["user"]).pw_uid
-    except KeyError:
-        own_uid = None
+    own_uid = uid_of(params["user"])
     errors += _host.foreign_listeners({instance["name"]: instance["port"] for instance in instances}, own_uid)
-    errors += _host.taken_ports(params["services"])
+    errors += _host.taken_ports({**item, "uid": uid_of(item["user"])} for item in params["services"])
 
     result: dict[str, Any] = {"gpus": {}, "gpu_problem": "", "findings": [], "devices": [], "provisional": False}
     if params["device"] == "cuda":

@@ -3,7 +3,7 @@
 # Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
 """A stand-in for a vLLM engine behind the gateway: HTTP/1.1 and SSE over real sockets, in a process that can be killed.
 
-    tests/unit/stub_engine.py NAME PORT
+    tests/haproxy/stub_engine.py NAME PORT
 
 A request's body says how each engine behaves, by the engine's name; the same body can so end one engine and be
 answered by the next: ``{"behave": {"primary": "die"}, "stream": true, "tokens": 20, "pause": 0.01}``.
@@ -11,9 +11,13 @@ answered by the next: ``{"behave": {"primary": "die"}, "stream": true, "tokens":
     (none)    answer; the header X-Engine tells who, the JSON how many bytes came
     die       read the body, then end the process without a byte
     close     read the body, then close the connection without a byte
+    reset     read the body, then reset the connection
     cut       send the head and one token, then close the connection
     hang      read the body, then say nothing
+    held      say nothing at first, not even the head, then stream; "hold" is for how long (s)
     500, ...  answer with that status
+
+While a request with ``"unhealthy": true`` runs, ``GET /health`` is 503.
 
 ``GET /seen`` tells how many completions came, and what is under way. The standard library alone.
 """
@@ -24,11 +28,14 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
+import struct
 import sys
 import time
 
 name, port = sys.argv[1], int(sys.argv[2])
 seen = {"completions": 0, "under_way": 0, "most": 0, "left": 0, "headers": {}, "ids": []}
+unhealthy: list[bool] = []
 
 
 def head(status: int, length: int | None = None, kind: str = "application/json") -> bytes:
@@ -48,6 +55,8 @@ def event(text: str) -> bytes:
 
 
 async def stream(writer: asyncio.StreamWriter, wanted: dict, behave: str) -> None:
+    if behave == "held":
+        await asyncio.sleep(wanted["hold"])
     writer.write(head(200, kind="text/event-stream"))
     for number in range(wanted.get("tokens", 3)):
         writer.write(event(json.dumps({"n": number, "sent": time.monotonic()})))
@@ -65,15 +74,22 @@ async def complete(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, b
         os._exit(1)
     if behave == "close":
         return
+    if behave == "reset":
+        linger = struct.pack("ii", 1, 0)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        return
     if behave == "hang":
         # What arrives now is the other side's end.
         await reader.read()
         seen["left"] += 1
         return
     if behave.isdigit():
-        writer.write(answer(int(behave), {"error": {"message": "told so"}}))
+        writer.write(answer(int(behave), {"error": {"message": f"told so by {name}"}}))
     elif wanted.get("stream"):
+        if wanted.get("unhealthy"):
+            unhealthy.append(True)
         await stream(writer, wanted, behave)
+        unhealthy.clear()
     else:
         await asyncio.sleep(wanted.get("pause", 0))
         writer.write(answer(200, {"engine": name, "bytes": len(body)}))
@@ -106,7 +122,8 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
                     seen["under_way"] -= 1
             else:
                 value = {"/health": {}, "/seen": seen, "/v1/models": {"data": [{"id": "gpt-oss-120b"}]}}.get(path)
-                writer.write(answer(200 if value is not None else 404, value))
+                status = 404 if value is None else 503 if path == "/health" and unhealthy else 200
+                writer.write(answer(status, value))
             await writer.drain()
             if headers.get("connection") == "close" or method == "POST":
                 break

@@ -22,7 +22,11 @@ HEAD = {
     "headers": [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-request-id", b"abc")],
 }
 # As vLLM 0.32 sends them.
-TOKEN = b'data: {"id":"chatcmpl-1","choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n'
+ROLE = (
+    b'data: {"id":"chatcmpl-1","choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,'
+    b'"finish_reason":null}],"prompt_token_ids":null}\n\n'
+)
+TOKEN = b'data: {"id":"chatcmpl-1","choices":[{"index":0,"delta":{"content":"This"},"finish_reason":null}]}\n\n'
 DONE = b"data: [DONE]\n\n"
 CREATED = b'event: response.created\ndata: {"type":"response.created","response":{"error":null}}\n\n'
 IN_PROGRESS = b'event: response.in_progress\ndata: {"type":"response.in_progress"}\n\n'
@@ -132,6 +136,38 @@ def test_greetings_of_responses_wait_for_the_model_and_keep_their_order():
     after = answers(messages, scope("/v1/responses"))
     assert after[:4] == [[], [], [], messages[:4]]
     assert after[-1] == messages
+
+
+@pytest.mark.parametrize("quiet", [ROLE, event(choices=[{"index": 0, "delta": {}, "finish_reason": None}])])
+def test_a_piece_without_text_waits_for_the_first_token(quiet):
+    assert answers([HEAD, body(ROLE), body(quiet), body(TOKEN)]) == [
+        [],
+        [],
+        [],
+        [HEAD, *map(body, (ROLE, quiet, TOKEN))],
+    ]
+    assert [message.get("status") for message in answers([HEAD, body(quiet), body(event(error=DEAD))])[-1]][:1] == [500]
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"delta": {"role": "assistant", "content": ""}, "finish_reason": "stop"},
+        {"delta": {"content": ""}, "logprobs": {"content": []}},
+        {"delta": {"content": ""}, "token_ids": [200005]},
+        {"delta": {"reasoning": "Hm"}},
+        {"delta": {"tool_calls": [{"index": 0}]}},
+        {"text": ""},
+    ],
+)
+def test_a_piece_that_says_something_is_passed_on(choice):
+    first = event(choices=[choice])
+    assert answers([HEAD, body(first)])[-1] == [HEAD, body(first)]
+
+
+def test_a_piece_with_the_usage_alone_is_passed_on():
+    first = event(choices=[], usage={"prompt_tokens": 3})
+    assert answers([HEAD, body(first)])[-1] == [HEAD, body(first)]
 
 
 def test_a_keep_alive_comment_is_not_held():

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SANDBOX = ROOT / ".sandbox"
 INSTANCES = ("primary", "secondary")
 PORTS = {"primary": 8001, "secondary": 8002}
+DOOR = 8000
 
 
 def show(host: Host, unit: str, *properties: str) -> dict[str, str]:
@@ -29,13 +30,13 @@ def main_pid(host: Host, name: str) -> int:
 
 
 def chat(host: Host, name: str, key: str, **more: Any) -> str:
-    """The body that the instance answers a chat with; a status other than 200 fails."""
+    """The body that the instance (or "gateway") answers a chat with; a status other than 200 fails."""
     body = {"model": "gpt-oss-120b", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 24} | more
     return host.check_output(
         "curl --silent --show-error --fail --max-time 60 -H 'Content-Type: application/json'"
         " -H 'Authorization: Bearer %s' http://127.0.0.1:%s/v1/chat/completions -d %s",
         key,
-        str(PORTS[name]),
+        str(PORTS.get(name, DOOR)),
         json.dumps(body),
     )
 

@@ -58,7 +58,7 @@ def test_version_that_runs_is_the_pinned_one(host: Host) -> None:
 def test_key_is_on_no_command_line_and_in_no_readable_file(host: Host, api_key: str) -> None:
     assert api_key not in host.check_output("ps -eww -o args")
     found = host.run("grep -rlF %s /etc /opt/vllm/locks /usr/local /run/nvl-vllm /var/lib/nvl-vllm", api_key).stdout
-    assert sorted(found.split()) == [f"/etc/vllm/{name}.env" for name in INSTANCES]
+    assert sorted(found.split()) == ["/etc/vllm/gateway/haproxy.cfg", *(f"/etc/vllm/{name}.env" for name in INSTANCES)]
     assert api_key not in host.check_output("journalctl --no-pager")
 
 
@@ -67,6 +67,9 @@ def test_key_is_on_no_command_line_and_in_no_readable_file(host: Host, api_key: 
     [
         ("/etc/vllm/primary.env", "root", "root", 0o600),
         ("/etc/vllm/primary.yaml", "root", "vllm", 0o640),
+        ("/etc/vllm/gateway", "root", "haproxy", 0o750),
+        ("/etc/vllm/gateway/haproxy.cfg", "root", "haproxy", 0o640),
+        ("/etc/vllm/gateway/keys", "root", "haproxy", 0o640),
         ("/etc/systemd/system/vllm@.service", "root", "root", 0o644),
         ("/usr/local/libexec/vllm-unit", "root", "root", 0o755),
         ("/opt/vllm", "root", "root", 0o755),

@@ -30,7 +30,7 @@ _DATA = b"data: "
 
 
 class FirstToken:
-    """Holds the head of each streamed answer until the first piece that the engine made.
+    """Holds the head of each streamed answer until the first piece that says something.
 
     A stream that begins with vLLM's error event becomes an answer with that event's status, as
     clients know how to retry a status and not an error in a stream. A request to an engine that is
@@ -110,28 +110,45 @@ def _begins_stream(message: Message) -> bool:
 
 
 def _is_early(message: Message) -> bool:
-    """Whether a piece of a stream comes before anything that the engine made.
+    """Whether a piece of a stream comes before anything that the model said.
 
+    A chat begins with a piece that has a role and no text; gpt-oss names its channel before it says anything.
     A comment (": keep-alive") does so, too, and is not held: who sets sse-keep-alive-interval wants bytes on the way
     during the wait, as something in between closes connections that are silent.
     """
     if message["type"] != "http.response.body" or not message.get("more_body", False):
         return False
     piece = bytes(message.get("body", b""))
-    return not piece or piece.startswith(_GREETINGS)
+    if not piece or piece.startswith(_GREETINGS):
+        return True
+    choices = (_event(piece) or {}).get("choices")
+    return isinstance(choices, list) and bool(choices) and all(_says_nothing(choice) for choice in choices)
+
+
+def _says_nothing(choice: dict[str, Any]) -> bool:
+    """Whether a choice in a piece of a chat has no text, tool call, token or end yet."""
+    delta = choice.get("delta")
+    if not isinstance(delta, dict) or any(choice.get(name) for name in ("finish_reason", "logprobs", "token_ids")):
+        return False
+    return not any(value for name, value in delta.items() if name != "role")
 
 
 def _error(message: Message) -> dict[str, Any] | None:
     """The error that vLLM puts into a stream, where the piece is one: ``data: {"error": {…, "code": 500}}``."""
-    line = bytes(message.get("body", b"")).partition(b"\n")[0]
+    error = (_event(bytes(message.get("body", b""))) or {}).get("error")
+    return error if isinstance(error, dict) else None
+
+
+def _event(piece: bytes) -> dict[str, Any] | None:
+    """The object that a piece of a stream begins with; None where it is anything else, such as ``data: [DONE]``."""
+    line = piece.partition(b"\n")[0]
     if not line.startswith(_DATA):
         return None
     try:
         event = json.loads(line[len(_DATA) :])
-    except ValueError:  # the end of a stream, "[DONE]"
+    except ValueError:
         return None
-    error = event.get("error") if isinstance(event, dict) else None
-    return error if isinstance(error, dict) else None
+    return event if isinstance(event, dict) else None
 
 
 async def _send_error(send: Send, status: int, error: dict[str, Any], headers: list[tuple[bytes, bytes]]) -> None:

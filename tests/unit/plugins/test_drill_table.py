@@ -26,7 +26,7 @@ ROW = "a kill gateway passed 500 499 0 3 1 0.10 1.50 2.25 1.01 0.10 27.13"
 def test_a_row_for_each_drill():
     lines = drill_table([DRILL, {**DRILL, "fault": "another fault"}]).splitlines()
     assert len(lines) == 3
-    assert lines[0].startswith("FAULT ")
+    assert lines[0].startswith("DRILL ")
     assert " ".join(lines[1].split()) == ROW
     assert lines[1].index("gateway") == lines[2].index("gateway") == lines[0].index("VIA")
 
@@ -45,3 +45,16 @@ def test_limits_that_were_not_kept_stand_below():
 def test_drills_that_did_not_take_place():
     text = drill_table([{"skipped": True}, {"failed": True, "msg": "Drill refused, nothing was touched: because"}])
     assert text.splitlines() == ["No drill: skipped", "No drill: Drill refused, nothing was touched: because"]
+
+
+def test_drills_of_a_loop_are_called_by_their_names():
+    named = {"item": {"name": "kill with long prompts via gateway"}}
+    failed = {**DRILL, **named, "verdict": "failed", "broken": ["lost 3"]}
+    lines = drill_table([failed, {**named, "skipped": True, "msg": "Would send"}]).splitlines()
+    assert lines[1].startswith("kill with long prompts  gateway  failed ")
+    assert lines[2] == "Not kept: kill with long prompts, gateway: lost 3"
+    assert lines[3] == "No drill: kill with long prompts via gateway: Would send"
+
+
+def test_an_item_without_a_name_changes_nothing():
+    assert drill_table([{**DRILL, "item": "kill"}]) == drill_table([DRILL])

@@ -314,6 +314,19 @@ def test_users_of_the_gateway_notice_little(service, gateway):
     assert result["refusals"] is None
 
 
+@pytest.mark.parametrize("retries", [0, 2])
+def test_users_of_openais_library_get_over_a_500(service, gateway, retries):
+    def behave(way):
+        service.primary.chat = way
+
+    service.plan["gateway_retries"] = retries
+    service.budget = Budget(lost=100)
+    # Every request of the load meets it; it is over before the first pause of half a second is.
+    result = service.drill(Outage(lambda: behave("500"), lambda: behave("ok")))
+    assert result["verdict"] == "passed", result["broken"]
+    assert (result["lost"] > 0, result["retried"] > 0) == ((False, True) if retries else (True, False))
+
+
 def test_a_gateway_that_never_ejects_breaks_the_budget(service, gateway):
     service.budget = Budget(eject=10.0)
     result = service.drill(Outage(end=lambda: None))  # nothing happens

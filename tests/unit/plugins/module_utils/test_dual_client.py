@@ -10,6 +10,7 @@ from ansible_collections.nvl.vllm.plugins.module_utils._dual_client import (
     LOST,
     TRUNCATED,
     DualEndpointClient,
+    LibraryPolicy,
     RetryPolicy,
 )
 from ansible_collections.nvl.vllm.plugins.module_utils._openai import (
@@ -133,6 +134,79 @@ def test_no_retries_is_one_attempt():
     service = Service(otherwise=REFUSED, retries=0)
     assert service.request().state == LOST
     assert service.asked == "a"
+
+
+# A client of one door, on OpenAI's library
+
+
+class Door:
+    """One scripted endpoint, asked by a client with the library's further attempts."""
+
+    def __init__(self, *results, retries=2):
+        self.script = list(results)
+        self.timer = FakeTimer()
+        door = Endpoint("gateway", "http://gateway:1")
+        policy = LibraryPolicy(retries=retries)
+        self.client = DualEndpointClient([door], policy, "model", self.answer, lambda _door: True, self.timer)
+
+    def answer(self, *_arguments):
+        result = self.script.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def request(self):
+        return self.client.request("Hi", 3)
+
+
+@pytest.mark.parametrize("error", [REFUSED, status(500), status(502), status(503)], ids=str)
+def test_the_library_tries_again_after_a_failed_connection_and_a_5xx(error):
+    door = Door(error, error, ANSWER)
+    outcome = door.request()
+    assert outcome.state == COMPLETED
+    assert [attempt.error for attempt in outcome.attempts] == [error, error, None]
+    assert door.timer.waits == [0.5, 1.0]
+
+
+def test_the_librarys_attempts_have_an_end():
+    door = Door(*[status(500)] * 3)
+    assert door.request().state == LOST
+    assert door.script == []
+
+
+def test_without_further_attempts_the_first_failure_is_a_loss():
+    door = Door(status(500), retries=0)
+    assert door.request().state == LOST
+    assert door.timer.waits == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [status(429), ResponseFailed("an error inside", 500), ResponseCut("before its first token"), DeadlineExceeded("")],
+    ids=lambda error: type(error).__name__,
+)
+def test_the_library_does_not_repeat_what_began_or_was_turned_away(error):
+    door = Door(error)
+    assert door.request().state == LOST
+    assert door.timer.waits == []
+
+
+def test_the_library_sends_nothing_again_after_the_first_token():
+    error = ConnectFailed("cut", chunks=1)
+    assert Door(error).request().state == TRUNCATED
+
+
+def test_the_librarys_pauses_have_a_limit():
+    policy = LibraryPolicy()
+    assert [policy.backoff(number) for number in range(6)] == [0.5, 1.0, 2.0, 4.0, 8.0, 8.0]
+
+
+def test_the_librarys_pause_is_not_ended_by_news_of_health():
+    door = Door(REFUSED, ANSWER)
+    door.timer.meanwhile = lambda: door.client.check_health("gateway")
+    outcome = door.request()
+    assert outcome.seconds == 0.5
+    assert door.timer.time == 0.5
 
 
 def test_recovery_ends_the_back_off_early():

@@ -43,6 +43,7 @@ case "$*" in
   *" start "*) echo activating > "$unit.state"; echo new > "$unit.run" ;;
   "kill --signal=SIGCONT"*) kill -CONT "$(cat "$unit.pid")" ;;
   *.timer) [ -e "$unit" ] || exit 5; kill "$(cat "$unit")"; rm "$unit" ;;
+  reset-failed*) [ -e no-reset ] && { echo "no bus" >&2; exit 1; }; exit 0 ;;
   reload*) [ -e no-reload ] && { echo broken >&2; exit 1; }; exit 0 ;;
 esac
 """
@@ -213,7 +214,8 @@ def test_a_stop_waits_for_the_end_and_starts_again(systemd):
     assert fault.pending() == ""
     fault.restore()
     changes = [line for line in systemd.log if "show" not in line]
-    assert changes == [f"systemctl --no-block {verb} -- {UNIT}" for verb in ("stop", "start")]
+    verbs = ("reset-failed", "--no-block stop", "--no-block start")
+    assert changes == [f"systemctl {verb} -- {UNIT}" for verb in verbs]
 
 
 def test_a_stop_that_is_interrupted_starts_the_unit(systemd):
@@ -305,6 +307,19 @@ def test_a_killed_gateway_is_gone_until_its_successor(systemd, sleeper):
     assert f"main process {master.pid}" in fault.pending()
     systemd.set(pid=sleeper("haproxy").pid)
     assert fault.pending() == ""
+
+
+def test_a_kill_does_not_use_up_the_units_starts(systemd, sleeper):
+    master = sleeper("vllm")
+    systemd.set(pid=master.pid)
+    systemd.break_("no-reset")
+    with pytest.raises(EngineError, match=f"wanted `systemctl reset-failed -- {UNIT}` to succeed, .* 1: no bus"):
+        KillServer(UNIT, systemd.run).inject()
+    assert master.poll() is None
+    (systemd.directory / "no-reset").unlink()
+    KillServer(UNIT, systemd.run).inject()
+    assert master.wait(10) == -signal.SIGKILL
+    assert systemd.log.count(f"systemctl reset-failed -- {UNIT}") == 2
 
 
 def test_both_die_or_none(systemd, sleeper):

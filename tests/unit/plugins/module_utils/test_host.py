@@ -50,8 +50,8 @@ def proc(tmp_path):
 
 
 SERVICES = [
-    {"name": "vllm_gateway_port", "port": 8000, "unit": "vllm-gateway.service"},
-    {"name": "vllm_health_agent_port", "port": 8403, "unit": "vllm-health.service"},
+    {"name": "vllm_gateway_port", "port": 8000, "unit": "vllm-gateway.service", "uid": 102},
+    {"name": "vllm_health_agent_port", "port": 8403, "unit": "vllm-health.service", "uid": 0},
 ]
 
 
@@ -65,6 +65,13 @@ def test_a_service_keeps_its_port_and_another_program_is_named_with_the_variable
         "port 8403 (vllm_health_agent_port) is taken by haproxy (process 413, haproxy.service): "
         "stop it, or set another port"
     ]
+
+
+def test_a_service_that_cannot_be_told_is_judged_by_its_user(proc):
+    proc.socket(8000, 90, uid=102)
+    proc.socket(8403, 91, uid=33)
+    (error,) = _host.taken_ports(SERVICES, str(proc.path))
+    assert error.startswith("port 8403 (vllm_health_agent_port) is taken by a program of user 33 that cannot be told")
 
 
 def test_free_ports_are_fine(proc):

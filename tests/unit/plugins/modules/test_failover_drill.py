@@ -166,6 +166,7 @@ def test_a_damaged_proof_is_no_proof(drill, tmp_path):
         ({"retries": -1}, "wanted retries"),
         ({"fault": "flood"}, "value of fault must be one of: kill"),
         ({"prompt_tokens": -1}, "wanted prompt_tokens of 0 or more, found -1"),
+        ({"gateway_retries": -1}, "wanted gateway_retries of 0 or more, found -1"),
         ({"fault_seconds": 0}, "wanted fault_seconds above 0, found 0"),
         ({"via": "gateway"}, "wanted gateway_url for via of gateway, found none"),
         ({"via": "gateway", "gateway_url": "http://h:1/v1"}, "leave out the /v1"),
