@@ -7,7 +7,7 @@ export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 # Byte code is what makes the second run quick.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: sandbox test lint unit haproxy molecule drill check-airgap bundle clean bootstrap bench-rerun check-gpu-install score-memory lock-controller
+.PHONY: sandbox test lint unit haproxy molecule drill check-airgap bundle clean bootstrap bench-rerun bench-failover check-gpu-install score-memory lock-controller
 
 sandbox: bootstrap       ## container host, two real vLLM CPU engines, failover drill
 	ansible-playbook playbooks/sandbox.yml
@@ -38,6 +38,9 @@ bundle: bootstrap        ## all that the hosts of INVENTORY need, in one directo
 
 bench-rerun: bootstrap   ## tasks and seconds of a run that changes nothing, beside as many pings
 	tools/bench_rerun.py
+
+bench-failover: bootstrap ## what users lose through this gateway and through other doors, into docs (about 40 minutes)
+	ansible-playbook -i $(INVENTORY) playbooks/bench_failover.yml
 
 check-gpu-install: bootstrap ## the CUDA lock, installed for real into a container (several GB)
 	ansible-playbook playbooks/check_gpu_install.yml
