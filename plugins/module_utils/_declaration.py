@@ -326,8 +326,8 @@ class _Resolver:
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
             "HF_HUB_OFFLINE": "1",
-            # All processes of an engine are on this host. Without these, what they tell each other goes through ports that
-            # are open to whoever reaches the host, and ask for no key.
+            # All processes of an engine are on this host. Without these, they talk to each other through ports that are
+            # open to whoever reaches the host, and ask for no key.
             "VLLM_HOST_IP": "127.0.0.1",
             "GLOO_SOCKET_IFNAME": "lo",
         }

@@ -106,7 +106,8 @@ def foreign_listeners(ports: Mapping[str, int], own_uid: int | None, proc: str =
 def taken_ports(services: Iterable[Mapping[str, Any]], proc: str = "/proc") -> list[str]:
     """A sentence for each service (``name``, ``port``, ``unit``, ``uid``) whose port a program outside its unit has.
 
-    ``uid`` is the user of the service's socket, None where there is none yet: it decides where the program cannot be told.
+    ``uid`` is the user of the service's socket, None where there is none yet: it decides where the program cannot be
+    told.
     """
     services = list(services)
     found = {listener.port: listener for listener in listeners((item["port"] for item in services), proc)}

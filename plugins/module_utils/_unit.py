@@ -301,10 +301,10 @@ class Helper:
         if not probe.ok:
             raise NotReady(probe.reason)
         write_state(self.name, dict(read_state(self.name, self.paths), failed_starts=0), self.paths)
-        self.turn.give()
         if read_text(self.drain) == LEAVING:
             os.unlink(self.drain)
         self._wait_for_gateway()
+        self.turn.give()
         self.say(probe.reason)
         if self.environment.get("CUDA_VISIBLE_DEVICES"):
             try:

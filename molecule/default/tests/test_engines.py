@@ -108,15 +108,6 @@ def test_refuses_a_client_without_the_key(host: Host) -> None:
     assert status == "401"
 
 
-def test_drill_was_passed_and_recorded(host: Host) -> None:
-    record = json.loads(host.file("/var/lib/nvl-vllm/drill.json").content_string)["numbers"]
-    assert record["verdict"] == "passed"
-    assert record["lost"] == 0
-    assert record["sent"] == record["completed"] + record["truncated"]
-    # The engine was really gone: requests met its end and were sent again.
-    assert record["retried"] + record["truncated"] > 0
-
-
 def exposure(report: str) -> float:
     return float(re.search(r"Overall exposure level for \S+: ([\d.]+)", report)[1])  # type: ignore[index]
 

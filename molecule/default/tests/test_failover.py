@@ -33,7 +33,11 @@ def judge(numbers: dict[str, Any], requests: int) -> None:
 @pytest.mark.parametrize("fault", DEPLOYED)
 def test_deploy_has_proven_the_gateway(host: Host, fault: str) -> None:
     record = json.loads(host.file(f"/var/lib/nvl-vllm/drill-{fault}-gateway.json").content_string)
-    judge(record["numbers"], 32)
+    numbers = record["numbers"]
+    judge(numbers, 32)
+    if fault == "kill":
+        # The engine was really gone: requests met its end.
+        assert numbers["retried"] + numbers["retried_by_gateway"] + numbers["truncated"] > 0
 
 
 @pytest.mark.parametrize("fault", DRILLED)
