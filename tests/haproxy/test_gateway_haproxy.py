@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import socketserver
 import statistics
@@ -106,12 +107,14 @@ class Agent(socketserver.ThreadingTCPServer):
 
     def __init__(self, port: int) -> None:
         self.words: dict[str, str] = {}
+        self.asked: set[str] = set()
         super().__init__(("127.0.0.1", port), self.Handler)
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
             name = self.rfile.readline().decode().strip()
+            self.server.asked.add(name)
             self.wfile.write(self.server.words.get(name, "up ready").encode() + b"\n")
 
 
@@ -166,7 +169,7 @@ class Gateway:
         for name in self.names:
             self.start_engine(name)
         self.start_haproxy()
-        wait_for(lambda: all(self.server(name)["agent_status"] == "L7OK" for name in self.names))
+        wait_for(lambda: self.agent.asked >= set(self.names))
         return self
 
     def start_haproxy(self) -> None:
@@ -176,6 +179,7 @@ class Gateway:
                 [HAPROXY, "-W", "-f", str(self.directory / "haproxy.cfg"), "-S", str(self.directory / "master.sock")],
                 stdout=stream,
                 stderr=stream,
+                start_new_session=True,
             )
         wait_for(self.helper.worker)
 
@@ -207,8 +211,9 @@ class Gateway:
 
     def stop(self) -> None:
         if haproxy := self.processes.pop("haproxy", None):
-            haproxy.terminate()
-            haproxy.wait(10)
+            # With all its workers.
+            os.killpg(haproxy.pid, signal.SIGKILL)
+            haproxy.wait()
         for name in list(self.processes):
             self.kill(name)
         self.agent.shutdown()
@@ -233,11 +238,9 @@ class Gateway:
 
     def logged(self) -> list[dict]:
         """The access log."""
-        lines = self.log.read_text().splitlines()
         # The journal takes the level off.
-        return [
-            json.loads(line.removeprefix("<6>")) for line in lines if line.startswith("<6>{") and line.endswith("}")
-        ]
+        lines = re.findall(r"^<6>(\{.*\})$", self.log.read_text(), re.MULTILINE)
+        return [json.loads(line) for line in lines]
 
     def sent_again(self) -> int:
         """How often requests were sent again. The log comes a moment after the answer."""
@@ -564,7 +567,8 @@ def test_what_runs_at_a_reload_ends_in_the_old_process(start):
             assert over(connection, "GET", "/v1/models") == (200, "keep-alive")
         stream = Stream(gateway.ports["door"], {"tokens": 50, "pause": 0.1})
         wait_for(lambda: stream.delays)
-        held = [Stream(gateway.ports["door"], {"behave": {"primary": "held"}, "hold": 15}) for _ in range(4)]
+        slow = {"behave": {"primary": "held"}, "hold": 15 if VERSION < 2.8 else 2}
+        held = [Stream(gateway.ports["door"], slow) for _ in range(4)]
         wait_for(lambda: sum(gateway.seen(name)["completions"] for name in gateway.names) == 5)
         (old,) = gateway.workers()
 
@@ -575,9 +579,8 @@ def test_what_runs_at_a_reload_ends_in_the_old_process(start):
         assert over(idle[1], "GET", "/health") == (200, "close")
         # The old process checks no engine, and what waits in it moves on all the same.
         gateway.ejects("primary")
-        if VERSION >= 2.8:
-            gateway.kill("primary")
-        assert [waiter.ended() for waiter in held] == [("secondary", 3, True)] * 4
+        assert [waiter.ended()[1:] for waiter in held] == [(3, True)] * 4
+        assert VERSION >= 2.8 or {waiter.engine for waiter in held} == {"secondary"}
         assert not stream.complete
         assert stream.ended()[1:] == (50, True)
         wait_for(lambda: old not in gateway.workers())

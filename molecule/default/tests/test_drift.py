@@ -12,6 +12,7 @@ import pytest
 from helpers import INSTANCES, await_, playbook, show, site
 from testinfra.host import Host
 
+pytestmark = pytest.mark.drift
 CLEAN, DRIFTED, UNKNOWN = 0, 2, 4
 SITE_PACKAGES = "/opt/vllm/current/lib/python3.11/site-packages"
 #: Everything that these roles write, by name, size, owner, mode and time.

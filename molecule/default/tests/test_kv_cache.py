@@ -89,7 +89,7 @@ def started(host: Host, config: dict[str, Any], kv_bytes: int, length: int, batc
 
 def test_the_preflights_plan_is_what_the_running_engines_say(host: Host) -> None:
     """All the way: from the inventory through the role to the numbers, for the pair that serves."""
-    (plan,) = results(playbook_json("playbooks/preflight.yml"), "plan")
+    plan, _gateway = results(playbook_json("playbooks/preflight.yml"), "plan")
     for name, port in PORTS.items():
         metrics = host.check_output(f"curl -sf http://127.0.0.1:{port}/metrics")
         (line,) = [one for one in metrics.splitlines() if one.startswith("vllm:cache_config_info{")]

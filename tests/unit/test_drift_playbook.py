@@ -1,0 +1,277 @@
+"""playbooks/drift.yml itself, run by ansible-playbook, with small roles in place of the collection's."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+SECRET = "s3cr3t-value-of-a-key"
+#: Two hosts that are as declared, and one for each way not to be.
+HOSTS = ("clean", "other", "drifted", "failing", "broken", "gone", "newly_blind", "refused")
+
+#: Stands for the declaration, which ends all hosts where one is wrong.
+DECLARATION = """
+- name: Check the declaration
+  ansible.builtin.assert:
+    that: inventory_hostname != 'broken'
+    fail_msg: "vllm_instances is empty"
+    quiet: true
+  any_errors_fatal: true
+"""
+ROLES = {
+    "cuda": """
+- name: The driver of a GPU host
+  ansible.builtin.include_tasks: never.yml
+  when: false
+""",
+    "vllm": """
+- name: Write the settings
+  ansible.builtin.copy:
+    content: "mode: fast\\napi_key: new-{{ secret }}\\n"
+    dest: "{{ place }}/settings.yaml"
+    mode: "0644"
+
+- name: Write the environment
+  ansible.builtin.copy:
+    content: "VALUE=new-{{ secret }}\\n"
+    dest: "{{ place }}/{{ item }}.env"
+    mode: "0600"
+  loop: [primary, secondary]
+  no_log: true
+
+- name: Create directories
+  ansible.builtin.file:
+    path: "{{ place }}/{{ item }}"
+    state: directory
+    mode: "0755"
+  loop: [one, two]
+""",
+    "vllm_model": """
+- name: Bring {{ inventory_hostname }}
+  ansible.builtin.command: "false"
+  when: not ansible_check_mode
+""",
+    "vllm_instances": """
+- name: Require what is not there
+  ansible.builtin.assert:
+    that: inventory_hostname != 'failing'
+    fail_msg: "found nothing, password: {{ secret }}"
+    quiet: true
+""",
+    "vllm_health": """
+- name: Ask something
+  ansible.builtin.command: "false"
+  when: inventory_hostname == 'newly_blind'
+""",
+    "vllm_gateway": """
+- name: Nothing to do
+  ansible.builtin.debug:
+    msg: well
+  loop: []
+""",
+    "vllm_drift": """
+- name: Look
+  ansible.builtin.set_fact:
+    __vllm_drift_facts: {findings: [], unknown: [], facts: {uptime: 5}}
+    __vllm_drift_content: {findings: [], unknown: [], facts: {}}
+    __vllm_drift_refusals: "{{ ['the disk is full'] if inventory_hostname == 'refused' else [] }}"
+""",
+}
+
+
+@pytest.fixture
+def project(tmp_path):
+    """The playbook with roles of its own, and a directory for each host as they write it."""
+    for name, tasks in ROLES.items():
+        role = tmp_path / "roles" / name
+        (role / "tasks").mkdir(parents=True)
+        (role / "tasks/main.yml").write_text(tasks)
+        if name not in ("vllm_drift",):
+            (role / "meta").mkdir()
+            (role / "meta/main.yml").write_text("dependencies: [{role: vllm_declaration}]\n")
+    declaration = tmp_path / "roles/vllm_declaration/tasks"
+    declaration.mkdir(parents=True)
+    (declaration / "main.yml").write_text(DECLARATION)
+
+    drift = tmp_path / "roles/vllm_drift"
+    real = ROOT / "roles/vllm_drift"
+    (drift / "tasks/report.yml").symlink_to(real / "tasks/report.yml")
+    (drift / "defaults").symlink_to(real / "defaults")
+    variables = yaml.safe_load((real / "vars/main.yml").read_text())
+    variables["__vllm_drift_blind"] = [{"role": "vllm_model", "tasks": ["Bring *"], "why": "reviewed"}]
+    (drift / "vars").mkdir()
+    (drift / "vars/main.yml").write_text(yaml.safe_dump(variables))
+
+    playbook = (ROOT / "playbooks/drift.yml").read_text()
+    (tmp_path / "drift.yml").write_text(playbook.replace("name: nvl.vllm.", "name: "))
+    hosts = {
+        name: {"place": str(tmp_path / "hosts" / name), "ansible_connection": "local", "ansible_become": False}
+        for name in HOSTS
+    }
+    # Nothing listens there.
+    hosts["gone"].update(ansible_connection="ssh", ansible_host="127.0.0.1", ansible_port=1)
+    common = {"secret": SECRET, "ansible_python_interpreter": sys.executable}
+    inventory = {"vllm": {"hosts": hosts, "vars": common}}
+    (tmp_path / "hosts.yml").write_text(yaml.safe_dump(inventory))
+    for name in HOSTS:
+        place = tmp_path / "hosts" / name
+        for directory in ("one", "two"):
+            (place / directory).mkdir(parents=True, mode=0o755)
+        (place / "settings.yaml").write_text(f"mode: fast\napi_key: new-{SECRET}\n")
+        (place / "settings.yaml").chmod(0o644)
+        for instance in ("primary", "secondary"):
+            (place / f"{instance}.env").write_text(f"VALUE=new-{SECRET}\n")
+            (place / f"{instance}.env").chmod(0o600)
+    drifted = tmp_path / "hosts/drifted"
+    (drifted / "settings.yaml").write_text(f"mode: slow\napi_key: old-{SECRET}\n")
+    (drifted / "primary.env").write_text(f"VALUE=old-{SECRET}\n")
+    (drifted / "one").chmod(0o777)
+    return tmp_path
+
+
+def run(project: Path, limit: str, *arguments: str, enabled: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "ANSIBLE_CONFIG": str(project / "none.cfg"),
+        "ANSIBLE_COLLECTIONS_PATH": str(ROOT / ".collections"),
+        "ANSIBLE_LOCAL_TEMP": str(project / "tmp"),
+        "ANSIBLE_NOCOLOR": "1",
+        "ANSIBLE_HOST_KEY_CHECKING": "0",
+    }
+    callbacks = "callbacks_enabled = nvl.vllm.drift\n" if enabled else ""
+    (project / "none.cfg").write_text(f"[defaults]\n{callbacks}")
+    command = ["ansible-playbook", "-i", "hosts.yml", "--limit", limit, "drift.yml", *arguments]
+    return subprocess.run(
+        command, cwd=project, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def latest(project: Path) -> dict:
+    return json.loads((project / ".drift/latest.json").read_text())
+
+
+def snapshot(directory: Path) -> dict[str, tuple]:
+    """Everything below a directory that a change would show in."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        status = path.stat()
+        content = path.read_bytes() if path.is_file() else b""
+        found[str(path)] = (stat.filemode(status.st_mode), status.st_mtime_ns, content)
+    return found
+
+
+def test_hosts_as_declared_are_clean_and_nothing_changes(project):
+    before = snapshot(project / "hosts")
+    done = run(project, "clean,other", "-e", f"vllm_drift_textfile={project}/drift.prom")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert snapshot(project / "hosts") == before
+    found = latest(project)
+    assert (found["verdict"], found["exit_code"], sorted(found["hosts"])) == ("clean", 0, ["clean", "other"])
+    assert found["hosts"]["clean"]["facts"]["nvl.vllm.drift_facts"] == {"uptime": 5}
+    assert "Verdict  clean: 2 hosts are as declared" in done.stdout
+    prometheus = (project / "drift.prom").read_text()
+    assert 'drift_check_failed{host="clean"} 0' in prometheus
+    assert stat.S_IMODE((project / "drift.prom").stat().st_mode) == 0o644
+    assert stat.S_IMODE((project / ".drift/latest.json").stat().st_mode) == 0o600
+    # What the callback wrote is gone with the run.
+    assert list((project / "tmp").rglob("*drift*")) == []
+
+
+def test_a_drifted_host_is_told_apart_and_secrets_stay_hidden(project):
+    assert run(project, "drifted").returncode == 2
+    (project / "hosts/drifted/one").chmod(0o755)
+    (project / "hosts/drifted/two").chmod(0o700)
+    done = run(project, "clean,drifted")
+    assert done.returncode == 2, done.stdout + done.stderr
+    hosts = latest(project)["hosts"]
+    assert hosts["clean"]["verdict"] == "clean"
+    place = f"{project}/hosts/drifted"
+    found = {(one["kind"], one["where"]): one for one in hosts["drifted"]["findings"]}
+    assert sorted(found) == [
+        ("attributes_changed", f"{place}/two"),
+        ("file_changed", f"{place}/primary.env"),
+        ("file_changed", f"{place}/settings.yaml"),
+    ]
+    settings = found["file_changed", f"{place}/settings.yaml"]
+    assert settings["diff"].splitlines()[1:] == [
+        "-mode: slow",
+        "-api_key: ********",
+        "+mode: fast",
+        "+api_key: ********",
+    ]
+    assert settings["task"] == "vllm: Write the settings"
+    assert "diff" not in found["file_changed", f"{place}/primary.env"]
+    two = found["attributes_changed", f"{place}/two"]
+    assert (two["found"], two["wanted"]) == ("mode: 0700", "mode: 0755")
+    # Compared with the run before.
+    assert [one["where"] for one in found.values() if one["new"]] == [f"{place}/two"]
+    assert [one["where"] for one in hosts["drifted"]["gone"]] == [f"{place}/one"]
+    assert "1 new, 1 gone" in done.stdout
+    # Ansible's own output of --diff is not the report's to hide; the report and its files hold no secret.
+    kept = [path.read_text() for path in (project / ".drift").rglob("*") if path.is_file()]
+    assert [text for text in kept if SECRET in text] == []
+    assert SECRET not in done.stdout[done.stdout.index("HOST ") :]
+
+
+def test_what_cannot_be_looked_at_is_unknown_and_ends_no_other_host(project):
+    done = run(project, "all")
+    assert done.returncode == 4, done.stdout + done.stderr
+    hosts = latest(project)["hosts"]
+    verdicts = {name: host["verdict"] for name, host in hosts.items()}
+    unknown = ("failing", "broken", "gone", "newly_blind")
+    assert verdicts == {
+        "clean": "clean",
+        "other": "clean",
+        "drifted": "drifted",
+        "refused": "drifted",
+        **dict.fromkeys(unknown, "unknown"),
+    }
+    assert hosts["failing"]["unknown"] == [
+        'role vllm_instances: task "Require what is not there" failed: found nothing, password: ********'
+    ]
+    assert hosts["broken"]["unknown"] == [
+        'role vllm_declaration: task "Check the declaration" failed: vllm_instances is empty'
+    ]
+    assert len(hosts["gone"]["unknown"]) == 1
+    assert hosts["gone"]["unknown"][0].startswith("not reached: ")
+    blind = hosts["newly_blind"]["unknown"]
+    assert len(blind) == 1
+    assert blind[0].startswith('role vllm_health: task "Ask something" is not looked at: command does nothing in check')
+    assert len(hosts["drifted"]["findings"]) == 3
+    assert [(one["kind"], one["found"]) for one in hosts["refused"]["findings"]] == [
+        ("deploy_refused", "the disk is full")
+    ]
+    assert "could not be looked at in full" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--tags", "nothing"], ["--start-at-task", "Look"]])
+def test_a_run_that_leaves_roles_out_is_not_taken_for_clean(project, arguments):
+    assert run(project, "clean", *arguments).returncode == 4
+    (told,) = latest(project)["hosts"]["clean"]["unknown"]
+    assert told.startswith("not looked at: cuda, vllm, vllm_model, ")
+
+
+def test_without_the_callback_the_verdict_is_unknown_and_says_what_to_do(project):
+    before = snapshot(project / "hosts")
+    done = run(project, "clean,drifted", enabled=False)
+    assert done.returncode == 4
+    assert snapshot(project / "hosts") == before
+    told = latest(project)["hosts"]["clean"]["unknown"]
+    assert len(told) == 1
+    assert "callbacks_enabled = nvl.vllm.drift" in told[0]
+
+
+def test_a_report_that_cannot_be_kept_is_not_clean(project):
+    (project / "file").write_text("")
+    done = run(project, "clean", "-e", "vllm_drift_directory=file/below")
+    assert done.returncode == 4
+    assert "the report cannot be kept" in done.stdout
+    assert "Verdict  unknown" in done.stdout
