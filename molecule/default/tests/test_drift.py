@@ -72,12 +72,12 @@ def tampered(host: Host) -> Iterator[dict[str, tuple[str, str]]]:
     extension = f"{SITE_PACKAGES}/hand.pth"
     deeds = {
         "edited arguments": (
-            "sed -i 's/^max-num-seqs: .*/max-num-seqs: 5/' /etc/vllm/primary.yaml",
+            "sed -i 's/^max-model-len: .*/max-model-len: 2048/' /etc/vllm/primary.yaml",
             ("file_changed", "/etc/vllm/primary.yaml"),
         ),
         "restarted with them": (
             "systemctl restart vllm@primary.service",
-            ("engine_configuration", "vllm@primary.service max-num-seqs"),
+            ("engine_configuration", "vllm@primary.service max-model-len"),
         ),
         "edited unit": (
             "printf '# by hand\\n' >>/etc/systemd/system/vllm-gateway.service",
@@ -102,15 +102,16 @@ def tampered(host: Host) -> Iterator[dict[str, tuple[str, str]]]:
         ),
         "weight at the socket": (
             "python3 -c \"import socket; s = socket.socket(socket.AF_UNIX); s.connect('/run/vllm-gateway/admin.sock');"
-            " s.sendall(b'set server engines/secondary weight 50%\\n'); print(s.recv(999))\"",
-            ("gateway_server_changed", "engines/secondary"),
+            " s.sendall(b'set server engines/primary weight 50%\\n'); print(s.recv(999))\"",
+            ("gateway_server_changed", "primary weight"),
         ),
         "drained": (
             "mkdir -p /run/nvl-vllm/drain && echo 'new cables' >/run/nvl-vllm/drain/secondary",
             ("engine_drained", "secondary"),
         ),
         "owner": ("chown vllm /etc/vllm/secondary.yaml", ("attributes_changed", "/etc/vllm/secondary.yaml")),
-        "readable key": ("chmod 0644 /etc/vllm/secondary.env", ("attributes_changed", "/etc/vllm/secondary.env")),
+        # Its difference is never shown, so its mode is not told apart from its content.
+        "readable key": ("chmod 0644 /etc/vllm/secondary.env", ("file_changed", "/etc/vllm/secondary.env")),
         "changed helper": (
             "printf '# by hand\\n' >>/usr/local/libexec/vllm-unit",
             ("file_changed", "/usr/local/libexec/vllm-unit"),
@@ -127,7 +128,7 @@ def tampered(host: Host) -> Iterator[dict[str, tuple[str, str]]]:
         ),
         "listener": (
             "systemd-run --quiet --unit=hand --uid=vllm python3 -m http.server --bind 127.0.0.1 9999",
-            ("undeclared_socket", "127.0.0.1:9999"),
+            ("undeclared_socket", "user vllm 9999"),
         ),
     }
     for command, _ in deeds.values():
