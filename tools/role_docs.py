@@ -23,7 +23,17 @@ END = "<!-- End: written by tools/role_docs.py -->\n"
 # In the order of a deploy.
 ROLES = (
     *("vllm_declaration", "gpu_preflight", "cuda", "vllm_packages", "vllm", "vllm_model", "vllm_instances"),
-    *("vllm_health", "vllm_gateway", "vllm_verify", "vllm_drift", "vllm_status", "vllm_cleanup", "bundle", "sandbox"),
+    *(
+        "vllm_health",
+        "vllm_gateway",
+        "vllm_verify",
+        "vllm_drift",
+        "vllm_status",
+        "vllm_cleanup",
+        "agentic_client",
+        "bundle",
+        "sandbox",
+    ),
 )
 # A longer default is not shown but linked to.
 LONGEST_DEFAULT = 60
