@@ -1,0 +1,417 @@
+# Copyright: the nvl.vllm authors
+# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+"""What ails the engines of a host, by rules over what was observed in a short window.
+
+No I/O here: :mod:`_doctor_look` observes. Each rule is a generator of findings; all of them run, and a healthy host
+gives none. Memory in MiB, times in seconds, shares from 0 to 1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ._status import (
+    GENERATION,
+    HITS,
+    KV_USAGE,
+    PREEMPTIONS,
+    QUERIES,
+    RUNNING,
+    WAITING,
+)
+
+CRITICAL, WARNING = "critical", "warning"
+SEVERITIES = (CRITICAL, WARNING)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What ails, where, how that is known, and what to change."""
+
+    name: str
+    severity: str
+    where: str
+    evidence: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """From where on something is worth a finding; the role's variables of the same names say them."""
+
+    hit_rate: float = 0.2
+    gpu_utilization: float = 0.5
+    kv_usage: float = 0.95
+    load_rate: float = 100.0  # MiB/s
+    restarts: int = 3
+    free_space: float = 0.05
+    pressure: float = 0.5
+
+
+@dataclass
+class Instance:
+    """One engine. ``samples`` are sums of :data:`_status.NAMES`, in the order that they were taken."""
+
+    name: str
+    unit: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    state: Mapping[str, str] = field(default_factory=dict)
+    samples: Sequence[Mapping[str, float]] = ()
+    alive: bool = False
+    canary: str = ""  # why a token was wanted and not got; empty where it was
+    journal: str = ""
+    swapped_mib: float = 0.0
+    agent: str = ""
+    stale: bool = False
+
+    def __str__(self) -> str:
+        return self.unit
+
+    def first(self, name: str) -> float:
+        return self.samples[0].get(name, 0.0) if self.samples else 0.0
+
+    def last(self, name: str) -> float:
+        return self.samples[-1].get(name, 0.0) if self.samples else 0.0
+
+    def gained(self, name: str) -> float:
+        """How much a counter rose; 0 where the engine was restarted in between."""
+        return max(0.0, self.last(name) - self.first(name))
+
+    def most(self, name: str) -> float:
+        return max((sample.get(name, 0.0) for sample in self.samples), default=0.0)
+
+    def always(self, name: str) -> float:
+        """The least of all samples."""
+        return min((sample.get(name, 0.0) for sample in self.samples), default=0.0)
+
+    def number(self, argument: str) -> int:
+        value = self.arguments.get(argument)
+        return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+@dataclass
+class Observed:
+    """All of a host. ``gpus`` have ``index``, ``utilization`` (mean, 0 to 1) and ``throttled`` (reasons in words)."""
+
+    instances: Sequence[Instance]
+    window: float
+    gpus: Sequence[Mapping[str, Any]] = ()
+    gpu_problem: str = ""
+    gateway: Mapping[str, str] = field(default_factory=dict)
+    gateway_state: Mapping[str, str] = field(default_factory=dict)
+    gateway_refused: int = 0
+    agent_state: Mapping[str, str] = field(default_factory=dict)
+    orphans: Sequence[str] = ()
+    killed: Sequence[str] = ()
+    disks: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # free and size in MiB
+    pressure: Mapping[str, float] = field(default_factory=dict)
+
+
+Rule = Callable[[Observed, Limits], Iterator[Finding]]
+
+_OUT_OF_MEMORY = re.compile(
+    r"^.*(?:CUDA out of memory|OutOfMemoryError|Free memory on device .* is less than desired|"
+    r"No available memory for the cache blocks|larger than the available KV cache memory|"
+    r"larger than the maximum number of tokens that can be stored in KV cache).*$",
+    re.MULTILINE,
+)
+_LOADED = re.compile(r"Loading weights took ([\d.]+) seconds")
+_SIZE = re.compile(r"Checkpoint size: ([\d.]+) GiB")
+#: Below this a load time says nothing of the disk.
+_SHORTEST_LOAD_GIB = 1.0
+
+
+def _change(instance: Instance, argument: str, value: object, why: str) -> str:
+    return f"set {argument}: {value} in the arguments of {instance.name} (vllm_instances or vllm_arguments), {why}"
+
+
+def units(observed: Observed, limits: Limits) -> Iterator[Finding]:
+    """Units that are not active, or were restarted again and again."""
+    services = [(one.unit, one.state, one.journal) for one in observed.instances]
+    services += [
+        ("vllm-gateway.service", observed.gateway_state, ""),
+        ("vllm-health.service", observed.agent_state, ""),
+    ]
+    for unit, state, journal in services:
+        if not state:
+            continue
+        look = f"journalctl -u {unit} -n 50"
+        if state.get("ActiveState") not in ("active", "reloading"):
+            found = f"{state.get('ActiveState')}, {state.get('Result')}"
+            reason = _last_error(journal)
+            evidence = f"{found}; its journal: {reason}" if reason else found
+            yield Finding("unit_not_active", CRITICAL, unit, evidence, f"{look} tells why; systemctl start {unit}")
+        restarts = int(state.get("NRestarts") or 0)
+        if restarts >= limits.restarts:
+            yield Finding("restarted", WARNING, unit, f"systemd restarted it {restarts} times", f"{look} tells why")
+
+
+def _last_error(journal: str) -> str:
+    errors = [line for line in journal.splitlines() if re.search(r"\bERROR\b|Error:", line)]
+    return errors[-1].strip()[-200:] if errors else ""
+
+
+def memory(observed: Observed, _limits: Limits) -> Iterator[Finding]:
+    """Engines that ran out of memory, by their own words or the kernel's."""
+    for one in observed.instances:
+        found = _OUT_OF_MEMORY.findall(one.journal)
+        if not found:
+            continue
+        line = found[-1].strip()
+        seqs, length = one.number("max-num-seqs"), one.number("max-model-len")
+        utilization = one.arguments.get("gpu-memory-utilization")
+        choices = []
+        if "Free memory on device" in line:
+            choices.append("end what else holds memory of its GPU (playbooks/preflight.yml names it)")
+        if isinstance(utilization, float) and "out of memory" in line.lower():
+            choices.append(f"set gpu-memory-utilization: {max(0.5, utilization - 0.05):.2f} (it is {utilization:g})")
+        if length and "cache" in line:
+            choices.append(f"set max-model-len: {max(1024, length // 2)} (it is {length})")
+        if seqs > 1:
+            choices.append(f"set max-num-seqs: {seqs // 2} (it is {seqs})")
+        choices.append("playbooks/preflight.yml computes what fits")
+        yield Finding("out_of_memory", CRITICAL, one.unit, line[-240:], "; or ".join(choices))
+    for line in observed.killed:
+        yield Finding(
+            "killed_by_kernel",
+            CRITICAL,
+            "kernel",
+            line[-240:],
+            "the host has too little memory: end other programs, or lower swap-space or the number of instances",
+        )
+
+
+def silence(observed: Observed, _limits: Limits) -> Iterator[Finding]:
+    """Engines that look healthy and give no token, and those that do not answer at all."""
+    for one in observed.instances:
+        if one.state and one.state.get("ActiveState") not in ("active", "reloading"):
+            continue  # told by another rule
+        if one.alive and one.canary:
+            yield Finding(
+                "false_healthy",
+                CRITICAL,
+                one.unit,
+                f"/health answers 200, and {one.canary}",
+                f"systemctl restart {one.unit}; role vllm_health does so by itself, after "
+                "vllm_health_restart_after seconds",
+            )
+        elif not one.alive:
+            yield Finding("no_answer", CRITICAL, one.unit, one.canary, f"journalctl -u {one.unit} -n 50 tells why")
+
+
+def out_of_use(observed: Observed, _limits: Limits) -> Iterator[Finding]:
+    """Engines that answer and get no requests, because agent or gateway keep them out."""
+    for one in observed.instances:
+        if not one.alive or one.canary:
+            continue
+        server = observed.gateway.get(one.name, "")
+        if one.agent and not one.agent.startswith("up"):
+            drained = one.agent.startswith("drain")
+            remedy = f"rm /run/nvl-vllm/drain/{one.name}" if drained else "journalctl -u vllm-health tells why"
+            yield Finding("kept_out", WARNING, one.unit, f"the health agent says {one.agent}", remedy)
+        elif server and not server.startswith(("UP", "no check")):
+            yield Finding(
+                "kept_out", WARNING, one.unit, f"the gateway has it as {server}", "systemctl restart vllm-gateway"
+            )
+        if one.stale:
+            yield Finding(
+                "runs_from_older_files",
+                WARNING,
+                one.unit,
+                "its configuration was changed since it was started",
+                "run site.yml; playbooks/drift.yml tells what changed",
+            )
+
+
+def load(observed: Observed, limits: Limits) -> Iterator[Finding]:
+    """Too many requests for what is declared, or for the KV cache."""
+    for one in observed.instances:
+        seqs, running, waiting = one.number("max-num-seqs"), one.most(RUNNING), one.most(WAITING)
+        usage = one.most(KV_USAGE)
+        full = usage >= limits.kv_usage
+        if seqs and one.always(WAITING) > 0 and one.always(RUNNING) >= seqs and not full:
+            yield Finding(
+                "max_num_seqs_reached",
+                WARNING,
+                one.unit,
+                f"{running:.0f} requests run (max-num-seqs {seqs}) and {waiting:.0f} wait, with {usage:.0%} of the KV "
+                "cache in use",
+                _change(one, "max-num-seqs", seqs * 2, "and let playbooks/preflight.yml tell whether that fits"),
+            )
+        if full:
+            evidence = f"{usage:.0%} of the KV cache was in use, {running:.0f} requests ran and {waiting:.0f} waited"
+            yield Finding(
+                "kv_cache_full",
+                WARNING,
+                one.unit,
+                evidence,
+                _change(
+                    one, "max-num-seqs", max(1, int(running) - 1), "or give the cache more memory: profile h100_nvl"
+                ),
+            )
+        preempted = one.gained(PREEMPTIONS)
+        if preempted:
+            yield Finding(
+                "preemptions",
+                WARNING,
+                one.unit,
+                f"{preempted:.0f} requests lost their place in the KV cache within {observed.window:.0f} s and are "
+                "computed again",
+                _change(
+                    one, "max-num-seqs", max(1, int(running) - 1), "or give the cache more memory: profile h100_nvl"
+                ),
+            )
+
+
+def cache(observed: Observed, limits: Limits) -> Iterator[Finding]:
+    """A prefix cache that is off or finds nothing."""
+    for one in observed.instances:
+        if one.arguments.get("enable-prefix-caching") is False:
+            yield Finding(
+                "prefix_cache_off",
+                WARNING,
+                one.unit,
+                "enable-prefix-caching is false",
+                _change(one, "enable-prefix-caching", "true", "it costs no memory"),
+            )
+            continue
+        asked, hit = one.gained(QUERIES), one.gained(HITS)
+        # A few short prompts, such as canaries, say nothing: less than a dozen of the cache's blocks.
+        if asked >= 2048 and hit / asked < limits.hit_rate:
+            yield Finding(
+                "prefix_cache_without_hits",
+                WARNING,
+                one.unit,
+                f"{hit:.0f} of {asked:.0f} prompt tokens ({hit / asked:.0%}) were found in the cache within "
+                f"{observed.window:.0f} s",
+                "clients' prompts differ early: send the same system prompt first, byte by byte, and what changes "
+                "(time, names, identifiers) last; vllm_gateway_affinity: session sends a conversation to one engine",
+            )
+
+
+def gpus(observed: Observed, limits: Limits) -> Iterator[Finding]:
+    """A driver that does not answer, idle GPUs beside waiting clients, slowed clocks."""
+    if observed.gpu_problem:
+        yield Finding(
+            "gpu_driver", CRITICAL, "GPUs", observed.gpu_problem, "see the message; then playbooks/preflight.yml"
+        )
+    running = sum(one.most(RUNNING) for one in observed.instances)
+    waiting = sum(one.always(WAITING) for one in observed.instances)
+    tokens = sum(one.gained(GENERATION) for one in observed.instances)
+    for gpu in observed.gpus:
+        where = f"GPU {gpu['index']}"
+        used = gpu.get("utilization")
+        if used is not None and used < limits.gpu_utilization and running > 0 and tokens > 0:
+            seqs = max((one.number("max-num-seqs") for one in observed.instances), default=0)
+            if waiting > 0:
+                remedy = f"requests wait: raise max-num-seqs ({seqs}) or max-num-batched-tokens"
+            else:
+                remedy = (
+                    f"clients send too few requests at once ({running:.0f}): raise max_concurrent of the client "
+                    "(agentic_client_max_concurrent)"
+                )
+            yield Finding(
+                "low_gpu_utilization",
+                WARNING,
+                where,
+                f"{used:.0%} on average over {observed.window:.0f} s while {running:.0f} requests ran and "
+                f"{waiting:.0f} waited",
+                remedy,
+            )
+        for reason in gpu.get("throttled") or ():
+            yield Finding(
+                "throttled",
+                WARNING,
+                where,
+                f"its clocks are lowered: {reason}",
+                "check cooling and power supply; cuda_power_limit says the power cap that was asked for",
+            )
+
+
+def processes(observed: Observed, limits: Limits) -> Iterator[Finding]:
+    """Engines without a unit, swapped memory, a slow disk, a crowded or full host."""
+    for orphan in observed.orphans:
+        yield Finding(
+            "orphan_engine",
+            CRITICAL,
+            orphan,
+            "it belongs to no unit and may hold GPU memory",
+            f"kill {orphan.split()[1]}",
+        )
+    for one in observed.instances:
+        if one.swapped_mib >= 64:
+            yield Finding(
+                "swapped",
+                WARNING,
+                one.unit,
+                f"{one.swapped_mib:.0f} MiB of it are in swap",
+                "give the host more memory, or switch swap off (swapoff -a)",
+            )
+        times, sizes = _LOADED.findall(one.journal), _SIZE.findall(one.journal)
+        if times and sizes and float(sizes[-1]) >= _SHORTEST_LOAD_GIB and float(times[-1]) > 0:
+            rate = float(sizes[-1]) * 1024 / float(times[-1])
+            if rate < limits.load_rate:
+                yield Finding(
+                    "slow_disk",
+                    WARNING,
+                    one.unit,
+                    f"{sizes[-1]} GiB of weights took {times[-1]} s: {rate:.0f} MiB/s",
+                    "put vllm_model_root on a local NVMe disk",
+                )
+    for path, (free, size) in sorted(observed.disks.items()):
+        if size and free / size < limits.free_space:
+            yield Finding(
+                "disk_full", WARNING, path, f"{free / 1024:.1f} of {size / 1024:.1f} GiB are free", "make room"
+            )
+    for resource, share in sorted(observed.pressure.items()):
+        if share >= limits.pressure:
+            yield Finding(
+                "pressure",
+                WARNING,
+                resource,
+                f"programs waited for it {share:.0%} of the last 10 s (/proc/pressure/{resource})",
+                "end other programs on this host, or give it more",
+            )
+    if observed.gateway_refused:
+        yield Finding(
+            "gateway_refused",
+            WARNING,
+            "vllm-gateway.service",
+            f"{observed.gateway_refused} answers 5xx within {observed.window:.0f} s",
+            "journalctl -u vllm-gateway has a line for each; raise vllm_gateway_queue where it was full",
+        )
+
+
+RULES: tuple[Rule, ...] = (units, memory, silence, out_of_use, load, cache, gpus, processes)
+
+
+def diagnose(observed: Observed, limits: Limits = Limits(), rules: Iterable[Rule] = RULES) -> list[Finding]:
+    """All findings, the worst first."""
+    found = [finding for rule in rules for finding in rule(observed, limits)]
+    return sorted(found, key=lambda one: (SEVERITIES.index(one.severity), one.name, one.where))
+
+
+def table(hosts: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
+    """Findings of all hosts for a terminal; a sentence for each host that has none."""
+    lines: list[str] = []
+    for host, findings in sorted(hosts.items()):
+        if not findings:
+            lines += [f"{host}  healthy", ""]
+            continue
+        lines.append(f"{host}  {len(findings)} finding{'s' if len(findings) > 1 else ''}")
+        for one in findings:
+            lines += [
+                f"  {one['severity']:8}  {one['name']}: {one['where']}",
+                f"            {one['evidence']}",
+                f"            do: {one['remedy']}",
+            ]
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def as_dicts(findings: Iterable[Finding]) -> list[dict[str, str]]:
+    """Findings for a module to return."""
+    return [asdict(finding) for finding in findings]
