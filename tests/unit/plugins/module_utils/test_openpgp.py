@@ -53,7 +53,7 @@ class Gpg:
     def __call__(self, *arguments, data=b"", date=None):
         command = ["gpg", "--batch", "--quiet", "--no-tty", "--passphrase", "", "--pinentry-mode", "loopback"]
         if date:
-            command += ["--faked-system-time", date]
+            command += ["--faked-system-time", f"{date}!"]  # "!": the clock stands still
         run = subprocess.run([*command, *arguments], input=data, capture_output=True, env=self.environment, check=False)
         assert run.returncode == 0, run.stderr.decode()
         return run.stdout
