@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ._memory_budget import MemoryPlanError, whole_number
+
 Server = Mapping[str, Any]
 
 ANY = ("0.0.0.0", "::", "*")  # all addresses of a host
@@ -40,6 +42,7 @@ class Wanted:
     attempts: int = 4
     backoff: Sequence[float] = (2, 4, 8, 16)
     key_path: str = ""
+    key_env: str = ""
     ca_file: str = ""
 
 
@@ -55,9 +58,17 @@ def _reached(client: str, server: Server, listens: str, variable: str, errors: l
             f"{server['host']}: {variable} is {listens}, which only clients on that host reach, and {client} is "
             f"another: set {variable} to an address that {client} reaches, or to 0.0.0.0"
         )
-    if listens in (*ANY, *LOOPBACK):
-        return "127.0.0.1" if here else str(server["address"])
-    return listens
+    if listens not in (*ANY, *LOOPBACK):
+        return listens
+    if here:
+        return "127.0.0.1"
+    address = str(server["address"])
+    if listens in ANY and address in LOOPBACK:
+        errors.append(
+            f"{server['host']}: {variable} is {listens}, and ansible_host is {address}, which {client} does not reach "
+            f"it at: set {variable} to the address that it does"
+        )
+    return address
 
 
 def _endpoints(client: str, servers: Sequence[Server], wanted: Wanted, errors: list[str]) -> list[dict[str, str]]:
@@ -74,6 +85,11 @@ def _endpoints(client: str, servers: Sequence[Server], wanted: Wanted, errors: l
                 continue
             address = _reached(client, server, gateway["host"], "vllm_gateway_host", errors)
             scheme = "http" if gateway["tls"] == "off" else "https"
+            if gateway["tls"] == "self_signed" and not wanted.ca_file:
+                errors.append(
+                    f"{server['host']}: vllm_gateway_tls is self_signed, which {client} does not trust: set "
+                    "agentic_client_ca_file to a copy of that certificate (without its key)"
+                )
             found.append({"name": server["host"], "url": _url(scheme, address, gateway["port"])})
             continue
         for instance in server["instances"]:
@@ -83,13 +99,21 @@ def _endpoints(client: str, servers: Sequence[Server], wanted: Wanted, errors: l
     return list({one["url"]: one for one in found}.values())
 
 
-def concurrency(servers: Sequence[Server], clients: int) -> tuple[int, str]:
+def _count(server: Server, instance: Mapping[str, Any], name: str, errors: list[str]) -> int:
+    """An argument as vLLM reads it; 0 where there is none, or vLLM works it out."""
+    try:
+        return max(whole_number(instance[name], f"{name.replace('_', '-')} of {instance['name']}"), 0)
+    except MemoryPlanError as error:
+        errors.append(f"{server['host']}: {error}")
+        return 0
+
+
+def concurrency(places: Sequence[int], clients: int) -> tuple[int, str]:
     """Requests at the same time of one client host, and why.
 
-    What the engines run at once (max-num-seqs) without the largest of them, so that nothing has to queue when one is
-    away, shared by the client hosts.
+    What the engines run at once (``places``: max-num-seqs of each) without the largest of them, so that nothing has to
+    queue when one is away, shared by the client hosts.
     """
-    places = [int(instance["max_num_seqs"]) for server in servers for instance in server["instances"]]
     left = sum(places) - max(places) if len(places) > 1 else sum(places)
     share = max(1, left // max(1, clients))
     away = " when the largest engine is away" if len(places) > 1 else ""
@@ -107,10 +131,11 @@ def client_config(client: str, servers: Sequence[Server], clients: int, wanted: 
             f"{client}: found no server; agentic_client_servers must be a group with GPU hosts in it"
         )
     endpoints = _endpoints(client, servers, wanted, errors)
-    lengths = [int(instance["max_model_len"]) for server in servers for instance in server["instances"]]
+    engines = [(server, instance) for server in servers for instance in server["instances"]]
+    lengths = [_count(server, instance, "max_model_len", errors) for server, instance in engines]
     length = min(lengths)
     window = length - wanted.reply_reserve
-    if min(lengths) <= 0:
+    if length <= 0:
         errors.append(
             f"{client}: an engine's max-model-len is not known before it runs: wanted a number in the engines' "
             "arguments, as the window is made from it"
@@ -126,16 +151,16 @@ def client_config(client: str, servers: Sequence[Server], clients: int, wanted: 
             f"{client}: the servers serve {', '.join(sorted(names))}: wanted one vllm_served_model_name for all of "
             "agentic_client_servers"
         )
-    most, reason = concurrency(servers, clients)
-    places = sum(int(instance["max_num_seqs"]) for server in servers for instance in server["instances"])
-    if places <= 0 and not wanted.max_concurrent:
+    places = [_count(server, instance, "max_num_seqs", errors) for server, instance in engines]
+    most, reason = concurrency(places, clients)
+    if wanted.max_concurrent < 0 or (min(places) > 0 and wanted.max_concurrent > sum(places)):
         errors.append(
-            f"{client}: no engine declares max-num-seqs, which agentic_client_max_concurrent is made from: set that"
-        )
-    elif wanted.max_concurrent < 0 or 0 < places < wanted.max_concurrent:
-        errors.append(
-            f"{client}: agentic_client_max_concurrent is {wanted.max_concurrent}: wanted 1 to {places}, what all "
+            f"{client}: agentic_client_max_concurrent is {wanted.max_concurrent}: wanted 1 to {sum(places)}, what all "
             "engines run at once (max-num-seqs), or 0 to have it worked out"
+        )
+    elif min(places) <= 0 and not wanted.max_concurrent:
+        errors.append(
+            f"{client}: an engine declares no max-num-seqs, which agentic_client_max_concurrent is made from: set that"
         )
     plans = [server["gateway"]["server_timeout"] for server in servers if server["gateway"]["server_timeout"]]
     first = wanted.first_token_timeout or max(plans, default=FIRST_TOKEN_SECONDS)
@@ -148,10 +173,10 @@ def client_config(client: str, servers: Sequence[Server], clients: int, wanted: 
             f"{client}: agentic_client_total_timeout is {total:g} s: wanted at least the {first:g} s that the first "
             "token may take (agentic_client_first_token_timeout)"
         )
-    if wanted.attempts < 1 or len(wanted.backoff) < 1 or any(pause < 0 for pause in wanted.backoff):
+    if wanted.attempts < 0 or len(wanted.backoff) < 1 or any(pause < 0 for pause in wanted.backoff):
         errors.append(
             f"{client}: agentic_client_attempts is {wanted.attempts} and agentic_client_backoff is "
-            f"{list(wanted.backoff)}: wanted 1 or more attempts, and pauses of 0 s or more"
+            f"{list(wanted.backoff)}: wanted 0 or more attempts, and pauses of 0 s or more"
         )
     if errors:
         raise ClientConfigError("\n".join(errors))
@@ -169,7 +194,9 @@ def client_config(client: str, servers: Sequence[Server], clients: int, wanted: 
         "retry": {"attempts": wanted.attempts, "backoff_seconds": list(wanted.backoff)},
         "max_concurrent": wanted.max_concurrent or most,
     }
-    if wanted.key_path:
+    if wanted.key_env:
+        llm["api_key_env"] = wanted.key_env
+    elif wanted.key_path:
         llm["api_key_file"] = wanted.key_path
     if wanted.ca_file:
         llm["ca_file"] = wanted.ca_file

@@ -52,6 +52,23 @@ def test_client_configuration_is_rendered_once_and_works(host: Host, clients: Pa
         )
 
 
+def test_client_configuration_takes_the_key_from_the_environment_where_wanted(clients: Path) -> None:
+    changed = render(clients, "--check", "--diff", agentic_client_api_key_env="VLLM_API_KEY")
+    assert changed.returncode == 0, changed.stdout
+    assert "+  api_key_env: VLLM_API_KEY" in changed.stdout, changed.stdout
+    assert "-  api_key_file:" in changed.stdout, changed.stdout
+
+
+def test_client_configuration_leaves_a_directory_as_it_is(host: Host, clients: Path) -> None:
+    host.run_expect([0], "install -d -m 0700 -o nobody /root/platform")
+    done = render(clients, agentic_client_config_path="/root/platform/config.yaml")
+    assert done.returncode == 0, done.stdout
+    assert host.file("/root/platform/config.yaml").exists
+    found = host.file("/root/platform")
+    assert (found.user, found.mode) == ("nobody", 0o700)
+    host.run_expect([0], "rm -r /root/platform")
+
+
 def test_client_configuration_follows_the_servers(host: Host, clients: Path) -> None:
     before = host.file(CONFIG).content_string
     moved = render(clients, "--check", "--diff", vllm_gateway_port=8010)
@@ -61,6 +78,23 @@ def test_client_configuration_follows_the_servers(host: Host, clients: Path) -> 
     assert [one["url"] for one in found] == ["http://127.0.0.1:8001/v1", "http://127.0.0.1:8002/v1"]
     assert render(clients).returncode == 0
     assert host.file(CONFIG).content_string == before
+
+
+def test_client_configuration_needs_all_servers(clients: Path, tmp_path: Path) -> None:
+    away = tmp_path / "away.yml"
+    away.write_text(yaml.safe_dump({"vllm": {"hosts": {"away": None}}}))
+    done = render(clients, "-i", str(away), "--limit", "molecule", "--check")
+    assert done.returncode != 0
+    assert "nothing is known of away" in " ".join((done.stdout + done.stderr).split()), done.stdout
+
+
+def test_client_configuration_refuses_a_gateway_that_the_client_does_not_reach(tmp_path: Path) -> None:
+    inventory = tmp_path / "clients.yml"
+    inventory.write_text(yaml.safe_dump({"clients": {"hosts": {"app": {"ansible_host": "192.0.2.1"}}}}))
+    done = render(inventory, vllm_gateway_host="127.0.0.1")
+    assert done.returncode != 0
+    told = " ".join((done.stdout + done.stderr).split())
+    assert "molecule: vllm_gateway_host is 127.0.0.1, which only clients on that host reach" in told, done.stdout
 
 
 @pytest.mark.parametrize(

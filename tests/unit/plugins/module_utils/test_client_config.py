@@ -8,6 +8,8 @@ from typing import Any
 
 import jsonschema
 import pytest
+from ansible.errors import AnsibleFilterError
+from ansible_collections.nvl.vllm.plugins.filter.client_config import checked
 from ansible_collections.nvl.vllm.plugins.module_utils._client_config import (
     ANSWER_SECONDS,
     FIRST_TOKEN_SECONDS,
@@ -72,6 +74,24 @@ def test_the_address_is_the_one_that_the_client_reaches(client: str, listens: st
     assert urls(client_config(client, [server(listens=listens)], 1, Wanted())) == [wanted]
 
 
+def test_a_key_in_the_environment_is_named_and_no_file_is():
+    wanted = Wanted(key_path="/etc/agentic/api_key", key_env="VLLM_API_KEY")
+    llm = client_config("app", [server()], 1, wanted)["config"]["llm"]
+    assert llm["api_key_env"] == "VLLM_API_KEY"
+    assert "api_key_file" not in llm
+
+
+def test_lengths_are_read_as_vllm_reads_them():
+    servers = [server()]
+    for instance, length in zip(servers[0]["instances"], ("32k", "32K"), strict=True):
+        instance["max_model_len"] = length
+    assert client_config("app", servers, 1, Wanted())["config"]["conversation"]["window_tokens"] == 32000 - 1024
+
+
+def test_no_retries_are_possible():
+    assert client_config("app", [server()], 1, Wanted(attempts=0))["config"]["llm"]["retry"]["attempts"] == 0
+
+
 def test_engines_by_themselves():
     made = client_config("app", [server()], 1, Wanted(mode="endpoints"))
     assert [one["name"] for one in made["config"]["llm"]["endpoints"]] == ["engine0", "engine1"]
@@ -89,7 +109,7 @@ def test_all_gateways_become_endpoints_and_tls_is_https():
     ("seqs", "clients", "wanted"), [((8, 8), 1, 8), ((8, 8), 3, 2), ((8,), 1, 8), ((4, 64), 1, 4), ((1, 1), 9, 1)]
 )
 def test_what_runs_at_once_leaves_room_for_an_engine_that_is_away(seqs: tuple[int, ...], clients: int, wanted: int):
-    assert concurrency([server(seqs=seqs)], clients)[0] == wanted
+    assert concurrency(seqs, clients)[0] == wanted
 
 
 def test_without_a_gateway_there_is_a_fixed_time_to_the_first_token():
@@ -108,10 +128,12 @@ def test_without_a_gateway_there_is_a_fixed_time_to_the_first_token():
         ([server()], Wanted(reply_reserve=0), "agentic_client_reply_reserve is 0"),
         ([server()], Wanted(max_concurrent=17), "agentic_client_max_concurrent is 17: wanted 1 to 16"),
         ([server()], Wanted(max_concurrent=-1), "agentic_client_max_concurrent is -1"),
-        ([server(seqs=(0, 0))], Wanted(), "no engine declares max-num-seqs"),
+        ([server() | {"address": "127.0.0.1"}], Wanted(), "ansible_host is 127.0.0.1, .*set vllm_gateway_host"),
+        ([server(tls="self_signed")], Wanted(), "vllm_gateway_tls is self_signed, .*set agentic_client_ca_file"),
+        ([server(seqs=(0, 8))], Wanted(), "an engine declares no max-num-seqs"),
         ([server()], Wanted(idle_timeout=0), "agentic_client_idle_timeout is 0 s"),
         ([server()], Wanted(total_timeout=10), "agentic_client_total_timeout is 10 s: wanted at least the 600 s"),
-        ([server()], Wanted(attempts=0), "agentic_client_attempts is 0"),
+        ([server()], Wanted(attempts=-1), "agentic_client_attempts is -1"),
         ([server(), server("gpu2") | {"model": "other"}], Wanted(), "serve gpt-oss-120b, other"),
     ],
 )
@@ -122,5 +144,23 @@ def test_what_cannot_work_is_refused_by_name(servers: list[Any], wanted: Wanted,
 
 def test_all_mistakes_at_once():
     with pytest.raises(ClientConfigError) as caught:
-        client_config("app", [server(listens="127.0.0.1")], 1, Wanted(reply_reserve=0, attempts=0))
+        client_config("app", [server(listens="127.0.0.1")], 1, Wanted(reply_reserve=0, attempts=-1))
     assert len(str(caught.value).splitlines()) == 3
+
+
+def test_an_engine_without_a_declared_length_or_with_a_wrong_one_is_named():
+    servers = [server()]
+    servers[0]["instances"][0]["max_model_len"] = "auto"
+    with pytest.raises(ClientConfigError, match="max-model-len is not known"):
+        client_config("app", servers, 1, Wanted())
+    servers[0]["instances"][0]["max_model_len"] = "much"
+    with pytest.raises(ClientConfigError, match="gpu1: max-model-len of engine0 is 'much': wanted"):
+        client_config("app", servers, 1, Wanted())
+
+
+def test_the_filter_keeps_to_the_schema():
+    assert checked([server()], "app", 1, {"key_env": "VLLM_API_KEY"})["config"]["llm"]["mode"] == "gateway"
+    with pytest.raises(AnsibleFilterError, match=r"app: llm.api_key_env is 'sk-not-a-name'"):
+        checked([server()], "app", 1, {"key_env": "sk-not-a-name"})
+    with pytest.raises(AnsibleFilterError, match="agentic_client_reply_reserve is 0"):
+        checked([server()], "app", 1, {"reply_reserve": 0})
