@@ -29,6 +29,7 @@ ROLES = (
         "vllm_verify",
         "vllm_drift",
         "vllm_status",
+        "vllm_doctor",
         "vllm_cleanup",
         "agentic_client",
         "bundle",

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ._http import shorten
 from ._status import (
     GENERATION,
     HITS,
@@ -62,7 +63,9 @@ class Instance:
     samples: Sequence[Mapping[str, float]] = ()
     alive: bool = False
     canary: str = ""  # why a token was wanted and not got; empty where it was
-    journal: str = ""
+    gpus: Sequence[int | str] = ()  # indexes or UUIDs, as declared
+    journal: str = ""  # of its start, or the last lines of one that does not run
+    out_of_memory: Sequence[str] = ()  # lines of the last hour
     swapped_mib: float = 0.0
     agent: str = ""
     stale: bool = False
@@ -83,6 +86,9 @@ class Instance:
     def most(self, name: str) -> float:
         return max((sample.get(name, 0.0) for sample in self.samples), default=0.0)
 
+    def mean(self, name: str) -> float:
+        return sum(sample.get(name, 0.0) for sample in self.samples) / max(1, len(self.samples))
+
     def always(self, name: str) -> float:
         """The least of all samples."""
         return min((sample.get(name, 0.0) for sample in self.samples), default=0.0)
@@ -94,7 +100,11 @@ class Instance:
 
 @dataclass
 class Observed:
-    """All of a host. ``gpus`` have ``index``, ``utilization`` (mean, 0 to 1) and ``throttled`` (reasons in words)."""
+    """All of a host.
+
+    ``gpus`` have ``index``, ``uuid``, ``utilization`` (mean, 0 to 1), ``throttled`` and ``faults`` (sentences).
+    ``silent`` is why a service of ours did not answer, ``orphans`` what each is and how to stop it.
+    """
 
     instances: Sequence[Instance]
     window: float
@@ -104,20 +114,21 @@ class Observed:
     gateway_state: Mapping[str, str] = field(default_factory=dict)
     gateway_refused: int = 0
     agent_state: Mapping[str, str] = field(default_factory=dict)
-    orphans: Sequence[str] = ()
-    killed: Sequence[str] = ()
+    orphans: Sequence[tuple[str, str]] = ()
+    silent: Mapping[str, str] = field(default_factory=dict)
     disks: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # free and size in MiB
     pressure: Mapping[str, float] = field(default_factory=dict)
 
 
 Rule = Callable[[Observed, Limits], Iterator[Finding]]
 
-_OUT_OF_MEMORY = re.compile(
-    r"^.*(?:CUDA out of memory|OutOfMemoryError|Free memory on device .* is less than desired|"
-    r"No available memory for the cache blocks|larger than the available KV cache memory|"
-    r"larger than the maximum number of tokens that can be stored in KV cache).*$",
-    re.MULTILINE,
+#: For Python and for journalctl --grep. The last is systemd's own.
+OUT_OF_MEMORY = (
+    "CUDA out of memory|OutOfMemoryError|is less than desired (GPU|CPU) memory utilization|"
+    "No available memory for the cache blocks|larger than the available KV cache memory|killed by the OOM killer"
 )
+_FREE = re.compile(r"\(([\d.]+)/([\d.]+) GiB\) on startup")
+_LONGEST = re.compile(r"estimated maximum model length is (\d+)")
 _LOADED = re.compile(r"Loading weights took ([\d.]+) seconds")
 _SIZE = re.compile(r"Checkpoint size: ([\d.]+) GiB")
 #: Below this a load time says nothing of the disk.
@@ -139,11 +150,17 @@ def units(observed: Observed, limits: Limits) -> Iterator[Finding]:
         if not state:
             continue
         look = f"journalctl -u {unit} -n 50"
-        if state.get("ActiveState") not in ("active", "reloading"):
-            found = f"{state.get('ActiveState')}, {state.get('Result')}"
-            reason = _last_error(journal)
-            evidence = f"{found}; its journal: {reason}" if reason else found
+        active = state.get("ActiveState")
+        reason = _last_error(journal)
+        said = f"; its journal: {reason}" if reason else ""
+        if active == "activating":
+            evidence = f"it starts, and has not answered a completion yet{said}"
+            yield Finding("starts", WARNING, unit, evidence, f"wait; {look} tells how far it is")
+        elif active not in ("active", "reloading"):
+            evidence = f"{active}, {state.get('Result')}{said}"
             yield Finding("unit_not_active", CRITICAL, unit, evidence, f"{look} tells why; systemctl start {unit}")
+        elif unit in observed.silent:
+            yield Finding("no_answer", CRITICAL, unit, observed.silent[unit], f"systemctl restart {unit}; {look}")
         restarts = int(state.get("NRestarts") or 0)
         if restarts >= limits.restarts:
             yield Finding("restarted", WARNING, unit, f"systemd restarted it {restarts} times", f"{look} tells why")
@@ -155,33 +172,46 @@ def _last_error(journal: str) -> str:
 
 
 def memory(observed: Observed, _limits: Limits) -> Iterator[Finding]:
-    """Engines that ran out of memory, by their own words or the kernel's."""
+    """Engines that ran out of memory, by their own words or systemd's."""
     for one in observed.instances:
-        found = _OUT_OF_MEMORY.findall(one.journal)
-        if not found:
-            continue
-        line = found[-1].strip()
-        seqs, length = one.number("max-num-seqs"), one.number("max-model-len")
-        utilization = one.arguments.get("gpu-memory-utilization")
-        choices = []
-        if "Free memory on device" in line:
-            choices.append("end what else holds memory of its GPU (playbooks/preflight.yml names it)")
-        if isinstance(utilization, float) and "out of memory" in line.lower():
-            choices.append(f"set gpu-memory-utilization: {max(0.5, utilization - 0.05):.2f} (it is {utilization:g})")
-        if length and "cache" in line:
-            choices.append(f"set max-model-len: {max(1024, length // 2)} (it is {length})")
-        if seqs > 1:
-            choices.append(f"set max-num-seqs: {seqs // 2} (it is {seqs})")
-        choices.append("playbooks/preflight.yml computes what fits")
-        yield Finding("out_of_memory", CRITICAL, one.unit, line[-240:], "; or ".join(choices))
-    for line in observed.killed:
-        yield Finding(
-            "killed_by_kernel",
-            CRITICAL,
-            "kernel",
-            line[-240:],
-            "the host has too little memory: end other programs, or lower swap-space or the number of instances",
-        )
+        killed = [line for line in one.out_of_memory if "OOM killer" in line]
+        told = [line for line in one.out_of_memory if line not in killed]
+        if told:
+            yield Finding("out_of_memory", CRITICAL, one.unit, shorten(told[-1]), "; or ".join(_less(one, told[-1])))
+        if killed:
+            yield Finding(
+                "killed_by_kernel",
+                CRITICAL,
+                one.unit,
+                shorten(killed[-1]),
+                "the host has too little memory: end other programs, give it more, or declare fewer instances",
+            )
+
+
+def _less(one: Instance, line: str) -> Iterator[str]:
+    """What makes an engine fit, by its own message. Where that has the figures they are computed with."""
+    utilization = one.arguments.get("gpu-memory-utilization")
+    is_now = f"(it is {utilization})"
+    # Where the cache's size is given, gpu-memory-utilization does not count.
+    size = one.number("kv-cache-memory-bytes")
+    more = f"raise kv-cache-memory-bytes (it is {size})" if size else f"raise gpu-memory-utilization {is_now}"
+    tokens = one.number("max-num-batched-tokens")
+    if free := _FREE.search(line):
+        share = int(float(free.group(1)) / float(free.group(2)) * 100) / 100
+        yield "end what else holds this memory (playbooks/preflight.yml names it)"
+        yield f"set gpu-memory-utilization: {share:.2f} {is_now}"
+    elif longest := _LONGEST.search(line):
+        yield f"set max-model-len: {longest.group(1)} (it is {one.number('max-model-len')})"
+        yield more
+    elif "No available memory" in line:
+        yield more
+        if tokens:
+            yield f"set max-num-batched-tokens: {tokens // 2} (it is {tokens})"
+    elif isinstance(utilization, float):
+        yield f"set gpu-memory-utilization: {max(0.5, utilization - 0.05):.2f} {is_now}"
+        if (seqs := one.number("max-num-seqs")) > 1:
+            yield f"set max-num-seqs: {seqs // 2} (it is {seqs})"
+    yield "playbooks/preflight.yml computes what fits"
 
 
 def silence(observed: Observed, _limits: Limits) -> Iterator[Finding]:
@@ -252,6 +282,16 @@ def load(observed: Observed, limits: Limits) -> Iterator[Finding]:
                     one, "max-num-seqs", max(1, int(running) - 1), "or give the cache more memory: profile h100_nvl"
                 ),
             )
+        if one.always(WAITING) > 0 and one.always(RUNNING) < seqs and not full:
+            yield Finding(
+                "requests_wait",
+                WARNING,
+                one.unit,
+                f"{one.always(WAITING):.0f} requests or more waited all the time while {one.mean(RUNNING):.0f} of "
+                f"{seqs} ran, with {usage:.0%} of the KV cache in use",
+                "more comes in than it computes: lower max_concurrent of the client (agentic_client_max_concurrent), "
+                f"or raise max-num-batched-tokens of {one.name} (it is {one.number('max-num-batched-tokens')})",
+            )
         preempted = one.gained(PREEMPTIONS)
         if preempted:
             yield Finding(
@@ -298,48 +338,41 @@ def gpus(observed: Observed, limits: Limits) -> Iterator[Finding]:
         yield Finding(
             "gpu_driver", CRITICAL, "GPUs", observed.gpu_problem, "see the message; then playbooks/preflight.yml"
         )
-    running = sum(one.most(RUNNING) for one in observed.instances)
-    waiting = sum(one.always(WAITING) for one in observed.instances)
-    tokens = sum(one.gained(GENERATION) for one in observed.instances)
     for gpu in observed.gpus:
         where = f"GPU {gpu['index']}"
         used = gpu.get("utilization")
-        if used is not None and used < limits.gpu_utilization and running > 0 and tokens > 0:
-            seqs = max((one.number("max-num-seqs") for one in observed.instances), default=0)
-            if waiting > 0:
-                remedy = f"requests wait: raise max-num-seqs ({seqs}) or max-num-batched-tokens"
-            else:
-                remedy = (
-                    f"clients send too few requests at once ({running:.0f}): raise max_concurrent of the client "
-                    "(agentic_client_max_concurrent)"
-                )
+        engines = [one for one in observed.instances if {gpu["index"], gpu["uuid"]} & set(one.gpus)]
+        # The mean, as a canary of the health agent runs now and then on an idle engine.
+        running = sum(one.mean(RUNNING) for one in engines)
+        waiting = sum(one.always(WAITING) for one in engines)
+        tokens = sum(one.gained(GENERATION) for one in engines)
+        if used is not None and used < limits.gpu_utilization and running >= 1 and tokens > 0 and not waiting:
+            seqs = sum(one.number("max-num-seqs") for one in engines)
             yield Finding(
                 "low_gpu_utilization",
                 WARNING,
                 where,
-                f"{used:.0%} on average over {observed.window:.0f} s while {running:.0f} requests ran and "
-                f"{waiting:.0f} waited",
-                remedy,
+                f"{used:.0%} on average over {observed.window:.0f} s while {running:.0f} requests ran",
+                f"clients send too few requests at once ({running:.0f} of {seqs}): raise max_concurrent of the client "
+                "(agentic_client_max_concurrent)",
             )
+        for fault in gpu.get("faults") or ():
+            yield Finding("gpu_fault", CRITICAL, where, fault, "see the message; then playbooks/preflight.yml")
         for reason in gpu.get("throttled") or ():
             yield Finding(
                 "throttled",
                 WARNING,
                 where,
-                f"its clocks are lowered: {reason}",
+                reason,
                 "check cooling and power supply; cuda_power_limit says the power cap that was asked for",
             )
 
 
 def processes(observed: Observed, limits: Limits) -> Iterator[Finding]:
     """Engines without a unit, swapped memory, a slow disk, a crowded or full host."""
-    for orphan in observed.orphans:
+    for orphan, remedy in observed.orphans:
         yield Finding(
-            "orphan_engine",
-            CRITICAL,
-            orphan,
-            "it belongs to no unit and may hold GPU memory",
-            f"kill {orphan.split()[1]}",
+            "orphan_engine", CRITICAL, orphan, "it belongs to no declared unit and may hold GPU memory", remedy
         )
     for one in observed.instances:
         if one.swapped_mib >= 64:

@@ -16,20 +16,26 @@ from typing import Any
 
 from . import _drift_units, _gpu_health, _gpu_info, _health, _openai, _status
 from ._agent_daemon import key_of
-from ._doctor import Instance, Observed
+from ._doctor import OUT_OF_MEMORY, Instance, Observed
+from ._drift_kinds import MASK, masked
 from ._http import Endpoint, EndpointError
 from ._unit import CONFIG, fingerprint, read_state
 
 SERVICES = ("vllm-gateway.service", "vllm-health.service")
-PROPERTIES = "Id,LoadState,ActiveState,Result,NRestarts,MainPID,ActiveEnterTimestampMonotonic"
-JOURNAL_LINES = "2000"
+PROPERTIES = "Id,ActiveState,Result,NRestarts,ExecMainStartTimestampMonotonic,ActiveEnterTimestampMonotonic"
+#: Rules of role gpu_preflight that tell of a GPU which does not work any more.
+FAULTS = ("gpu_lost", "fatal_xid", "recovery_needed", "remap_failure", "ecc_uncorrected")
+#: How far back (s) the journal is searched for memory that ran out.
+LOOK_BACK = 3600.0
+#: Lines that are read of a unit that does not run, to say why.
+LAST_LINES = 200
 _PRESSURE = re.compile(r"^some avg10=([\d.]+)", re.MULTILINE)
 _SWAP = re.compile(r"^VmSwap:\s+(\d+) kB", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to look at. ``instances`` have ``name``, ``unit``, ``url`` and ``arguments``; times in seconds."""
+    """What to look at. ``instances`` have ``name``, ``unit``, ``url``, ``gpus`` and ``arguments``; times in seconds."""
 
     instances: Sequence[Mapping[str, Any]]
     device: str
@@ -71,28 +77,26 @@ class Look:
         self.proc = proc
         self.config = config
         self.unknown: list[str] = []
+        self.silent: dict[str, str] = {}
 
     def text(self, *argv: str) -> str:
-        """What a command prints; empty where it fails, which is noted."""
+        """What a command prints; empty where it fails, which is noted. A search that finds nothing ends with 1."""
         try:
             status, out, error = self.run(list(argv), self.wanted.timeout)
         except (OSError, TimeoutError) as problem:
             self.unknown.append(f"{argv[0]}: {problem}")
             return ""
-        if status != 0:
+        if status != 0 and (status != 1 or error.strip()):
             self.unknown.append(f"{shlex.join(argv)}: exit status {status}: {error.strip()[-200:]}")
             return ""
         return out
 
-    def page(self, endpoint: Endpoint, path: str) -> str:
-        """A page; empty where it cannot be had."""
-        try:
-            return _openai.get(endpoint, path, self.wanted.timeout).decode("utf-8", "replace")
-        except EndpointError:
-            return ""
-
     def sample(self, endpoint: Endpoint) -> dict[str, float]:
-        return _openai.metric_sums(self.page(endpoint, "/metrics"), _status.NAMES)
+        """An engine's figures; none of one that does not answer, which its canary tells."""
+        try:
+            return _openai.metrics(endpoint, _status.NAMES, self.wanted.timeout)
+        except EndpointError:
+            return {}
 
     def utilization(self) -> dict[str, float]:
         if self.wanted.device != "cuda":
@@ -121,16 +125,25 @@ class Look:
         """The gateway's servers, and how many answers 5xx it gave so far."""
         if not self.wanted.gateway:
             return {}, 0
-        page = self.page(Endpoint("gateway", self.wanted.statistics_url), "/;csv")
         try:
-            figures = _status.gateway_figures(page)
-        except ValueError:
+            figures = _status.gateway_figures(self.asked(SERVICES[0], self.wanted.statistics_url, "/;csv"))
+        except (EndpointError, ValueError) as problem:
+            self.silent[SERVICES[0]] = str(problem)
             return {}, 0
         return figures["servers"], figures["errors_5xx"]
 
     def agent(self) -> dict[str, str]:
-        text = self.page(Endpoint("health agent", self.wanted.agent_url), "/status")
-        return {name: one["word"] for name, one in json.loads(text)["instances"].items()} if text else {}
+        """The health agent's word on each engine."""
+        try:
+            found = json.loads(self.asked(SERVICES[1], self.wanted.agent_url, "/status"))["instances"]
+        except (EndpointError, ValueError, KeyError) as problem:
+            self.silent[SERVICES[1]] = str(problem)
+            return {}
+        return {name: one["word"] for name, one in found.items()}
+
+    def asked(self, service: str, url: str, path: str) -> str:
+        """A page of a service. Raises EndpointError."""
+        return _openai.get(Endpoint(service, url), path, self.wanted.timeout).decode("utf-8", "replace")
 
     def canary(self, name: str, url: str) -> tuple[bool, str]:
         """Whether ``/health`` answers, and why no token came; empty where one came."""
@@ -150,21 +163,36 @@ class Look:
         units += SERVICES if self.wanted.gateway else SERVICES[1:]
         return _drift_units.parse_units(self.text("systemctl", "show", f"--property={PROPERTIES}", *units))
 
-    def journal(self, unit: str) -> str:
-        """Of the unit's last start, failed or not, as far back as the journal is read."""
-        text = self.text(
-            *("journalctl", "--no-pager", "--output=cat", "--quiet", f"--lines={JOURNAL_LINES}", f"--unit={unit}")
-        )
-        # Starting is what systemd says first of each start; what was before is another start's.
-        return text.rpartition("\nStarting ")[2] if "\nStarting " in text else text
+    def journal(self, name: str, unit: str, *options: str) -> str:
+        """Lines of an engine's unit, without its key, should one ever be in them."""
+        text = self.text("journalctl", "--no-pager", "--quiet", f"--unit={unit}", *options)
+        with contextlib.suppress(OSError):  # canary() tells of a key that cannot be read
+            if key := key_of(name, self.config):
+                text = text.replace(key, MASK)
+        return text
 
-    def killed(self, units: Sequence[str]) -> list[str]:
-        """What systemd says of processes of the engines that the kernel killed, within an hour."""
-        lines = []
-        for unit in units:
-            argv = ("journalctl", "--no-pager", "--output=cat", "--quiet", "--since=-1h", f"--unit={unit}")
-            lines += [f"{unit}: {one}" for one in self.text(*argv).splitlines() if "killed by the OOM killer" in one]
-        return lines
+    def start(self, name: str, unit: str, state: Mapping[str, str]) -> str:
+        """What a running engine said until it was ready. Later lines, one for each request, say nothing of that."""
+        if state.get("ActiveState") != "active":
+            return self.journal(name, unit, "--output=cat", f"--lines={LAST_LINES}")
+        booted = time.time() - time.clock_gettime(time.CLOCK_MONOTONIC)
+        began, ready = (
+            booted + int(state.get(f"{when}TimestampMonotonic") or 0) / 1e6 for when in ("ExecMainStart", "ActiveEnter")
+        )
+        return self.journal(name, unit, "--output=cat", f"--since=@{began - 1:.0f}", f"--until=@{ready + 1:.0f}")
+
+    def out_of_memory(self, name: str, unit: str) -> list[str]:
+        """Lines about memory that ran out, also before the last start: systemd starts such an engine again.
+
+        What was before the engine's files were changed is left out, as that may have been the remedy.
+        """
+        since = time.time() - LOOK_BACK
+        with contextlib.suppress(OSError):
+            since = max(since, os.stat(f"{self.config}/{name}.yaml").st_mtime)
+        options = ("--output=short-iso", f"--since=@{since:.0f}", f"--grep={OUT_OF_MEMORY}")
+        # Time, host, program, text.
+        words = [line.split(" ", 3) for line in self.journal(name, unit, *options).splitlines()]
+        return [f"{word[0]} {word[3]}" for word in words if len(word) == 4]
 
     def swapped(self, unit: str) -> float:
         """MiB in swap of all processes of a unit."""
@@ -178,9 +206,13 @@ class Look:
                     total += sum(map(float, _SWAP.findall(stream.read()))) / 1024
         return total
 
-    def orphans(self, units: Sequence[str]) -> list[str]:
+    def orphans(self, units: Sequence[str]) -> list[tuple[str, str]]:
+        """What each engine of no declared unit is, and how to stop it."""
         return [
-            f"process {one.pid} ({shlex.join(one.argv)[:80]})"
+            (
+                f"process {one.pid} ({masked(shlex.join(one.argv))[:80]})",
+                f"systemctl stop {one.unit}" if one.unit else f"kill {one.pid}",
+            )
             for one in _drift_units.engines_running(self.proc)
             if one.unit not in units
         ]
@@ -226,7 +258,9 @@ class Look:
                     samples=taken,
                     alive=alive,
                     canary=canary,
-                    journal=self.journal(unit),
+                    journal=self.start(name, unit, states.get(unit, {})),
+                    out_of_memory=self.out_of_memory(name, unit),
+                    gpus=one["gpus"],
                     swapped_mib=self.swapped(unit),
                     agent=agent.get(name, ""),
                     stale=bool(started) and started != fingerprint(name, wanted.root, wanted.model_path),
@@ -242,7 +276,7 @@ class Look:
             gateway_refused=max(0, refused - refused_before),
             agent_state=states.get(SERVICES[1], {}),
             orphans=self.orphans(units),
-            killed=self.killed(units),
+            silent=self.silent,
             disks=self.space(),
             pressure=self.pressure(),
         )
@@ -255,12 +289,14 @@ class Look:
         for gpu in facts.gpus if facts else ():
             values = [one[str(gpu.index)] for one in samples if str(gpu.index) in one]
             only = _gpu_info.Facts([gpu], _gpu_info.Host())
-            slow = [one.sentence for one in _gpu_health.findings(only) if one.rule == "throttling"]
+            ails = _gpu_health.findings(only)
             found.append(
                 {
                     "index": gpu.index,
+                    "uuid": gpu.uuid,
                     "utilization": sum(values) / len(values) if values else None,
-                    "throttled": slow,
+                    "throttled": [one.sentence for one in ails if one.rule == "throttling"],
+                    "faults": [one.sentence for one in ails if one.rule in FAULTS],
                 }
             )
         return found

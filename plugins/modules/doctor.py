@@ -34,6 +34,11 @@ options:
         description: Base URL, without C(/v1).
         type: str
         required: true
+      gpus:
+        description: Its GPUs, as indexes or UUIDs.
+        type: list
+        elements: raw
+        default: []
       arguments:
         description: Its declared arguments, by vLLM's names.
         type: dict
@@ -108,6 +113,7 @@ EXAMPLES = r"""
       - name: primary
         unit: vllm@primary.service
         url: http://127.0.0.1:8001
+        gpus: [0]
         arguments: {max-num-seqs: 8}
     model_path: /srv/models/gpt-oss-120b/current
 """
@@ -142,6 +148,7 @@ def main() -> None:
         "name": {"type": "str", "required": True},
         "unit": {"type": "str", "required": True},
         "url": {"type": "str", "required": True},
+        "gpus": {"type": "list", "elements": "raw", "default": []},
         "arguments": {"type": "dict", "required": True},
     }
     module = AnsibleModule(

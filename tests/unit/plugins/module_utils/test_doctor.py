@@ -28,14 +28,24 @@ def engine(*samples: dict[str, float], **changes: Any) -> Instance:
     healthy = Instance(
         name="primary",
         unit="vllm@primary.service",
-        arguments={"max-num-seqs": 8, "max-model-len": 4096, "gpu-memory-utilization": 0.85},
+        arguments={
+            "max-num-seqs": 8,
+            "max-model-len": 4096,
+            "gpu-memory-utilization": 0.85,
+            "max-num-batched-tokens": 8192,
+        },
         state=ACTIVE,
         samples=samples or ({}, {}),
         alive=True,
         journal=LOADED,
+        gpus=[0],
         agent="up ready",
     )
     return replace(healthy, **changes)
+
+
+def gpu(utilization: float, **changes: Any) -> dict[str, Any]:
+    return {"index": 0, "uuid": "GPU-0", "utilization": utilization, "throttled": [], **changes}
 
 
 def host(*instances: Instance, **changes: Any) -> Observed:
@@ -43,7 +53,7 @@ def host(*instances: Instance, **changes: Any) -> Observed:
         Observed(
             instances=instances or (engine(),),
             window=10,
-            gpus=[{"index": 0, "utilization": 0.0, "throttled": []}],
+            gpus=[gpu(0.0)],
             gateway={"primary": "UP"},
             gateway_state=ACTIVE,
             agent_state=ACTIVE,
@@ -72,8 +82,10 @@ HEALTHY = [
     host(engine(journal="Checkpoint size: 0.05 GiB\nLoading weights took 40.0 seconds")),
     host(
         engine({RUNNING: 8, GENERATION: 0}, {RUNNING: 8, GENERATION: 900}),
-        gpus=[{"index": 0, "utilization": 0.9, "throttled": []}],
+        gpus=[gpu(0.9), gpu(0.0, index=1, uuid="GPU-1")],
     ),
+    # A canary of the health agent in one of ten looks.
+    host(engine({RUNNING: 0, GENERATION: 0}, {RUNNING: 1, GENERATION: 0}, *[{RUNNING: 0, GENERATION: 1}] * 8)),
 ]
 
 
@@ -97,26 +109,59 @@ SICK: list[tuple[str, Observed, str, str]] = [
     ),
     ("restarted", host(engine(state={**ACTIVE, "NRestarts": "3"})), "restarted it 3 times", "journalctl"),
     (
+        "starts",
+        host(engine(state={"ActiveState": "activating", "Result": "success"}, alive=False)),
+        "has not answered a completion yet",
+        "wait",
+    ),
+    (
+        "no_answer",
+        host(silent={"vllm-gateway.service": "no answer within 10 s"}),
+        "no answer within 10 s",
+        "restart vllm-gateway",
+    ),
+    (
         "out_of_memory",
-        host(engine(journal="torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB")),
-        "CUDA out of memory",
+        host(engine(out_of_memory=["09:00 torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"])),
+        "09:00 torch.OutOfMemoryError: CUDA out of memory",
         "set gpu-memory-utilization: 0.80 (it is 0.85); or set max-num-seqs: 4 (it is 8)",
     ),
     (
         "out_of_memory",
-        host(engine(journal="Free memory on device cuda:0 (20.1/93.1 GiB) on startup is less than desired")),
-        "Free memory on device cuda:0",
-        "end what else holds memory",
+        host(
+            engine(
+                out_of_memory=[
+                    "09:00 ValueError: Free memory on device cuda:0 (70.10/93.10 GiB) on startup is less than desired "
+                    "GPU memory utilization (0.85, 79.14 GiB)."
+                ]
+            )
+        ),
+        "(70.10/93.10 GiB)",
+        "set gpu-memory-utilization: 0.75 (it is 0.85)",
     ),
     (
         "out_of_memory",
-        host(engine(journal="ValueError: No available memory for the cache blocks. Try increasing")),
+        host(engine(out_of_memory=["09:00 ValueError: No available memory for the cache blocks. Try increasing"])),
         "No available memory",
-        "set max-model-len: 2048 (it is 4096)",
+        "raise gpu-memory-utilization (it is 0.85)",
+    ),
+    (
+        "out_of_memory",
+        host(
+            engine(
+                out_of_memory=[
+                    "09:00 ValueError: To serve at least one request with the model's max seq len (4096), (0.5 GiB KV "
+                    "cache is needed, which is larger than the available KV cache memory (0.25 GiB). Based on the "
+                    "available memory, the estimated maximum model length is 2032."
+                ]
+            )
+        ),
+        "max seq len (4096)",
+        "set max-model-len: 2032 (it is 4096)",
     ),
     (
         "killed_by_kernel",
-        host(killed=["vllm@primary.service: killed by the OOM killer."]),
+        host(engine(out_of_memory=["09:00 A process of this unit has been killed by the OOM killer."])),
         "OOM",
         "memory",
     ),
@@ -166,22 +211,24 @@ SICK: list[tuple[str, Observed, str, str]] = [
         "low_gpu_utilization",
         host(
             engine(busy(**{RUNNING: 1, GENERATION: 0}), busy(**{RUNNING: 1, GENERATION: 99})),
-            gpus=[{"index": 0, "utilization": 0.2}],
+            gpus=[gpu(0.2)],
         ),
         "20% on average over 10 s while 1 requests ran",
         "agentic_client_max_concurrent",
     ),
     (
-        "low_gpu_utilization",
+        "requests_wait",
         host(
-            engine(busy(**{WAITING: 3, GENERATION: 0}), busy(**{WAITING: 3, GENERATION: 9})),
-            gpus=[{"index": 0, "utilization": 0.2}],
+            engine(busy(**{WAITING: 3, GENERATION: 0}), busy(**{WAITING: 5, GENERATION: 9})),
+            # What waits is told, not that the GPU has little to do meanwhile.
+            gpus=[gpu(0.2)],
         ),
-        "4 requests ran and 3 waited",
-        "raise max-num-seqs (8)",
+        "3 requests or more waited all the time while 4 of 8 ran, with 30% of the KV cache in use",
+        "raise max-num-batched-tokens of primary (it is 8192)",
     ),
-    ("throttled", host(gpus=[{"index": 1, "utilization": 0.9, "throttled": ["it is too hot"]}]), "too hot", "cooling"),
-    ("orphan_engine", host(orphans=["process 4711 (VLLM::EngineCore)"]), "belongs to no unit", "kill 4711"),
+    ("throttled", host(gpus=[gpu(0.9, throttled=["it is too hot"])]), "too hot", "cooling"),
+    ("gpu_fault", host(gpus=[gpu(0.0, faults=["it cannot be reached"])]), "cannot be reached", "preflight"),
+    ("orphan_engine", host(orphans=[("process 4711 (VLLM::EngineCore)", "kill 4711")]), "belongs to no", "kill 4711"),
     ("swapped", host(engine(swapped_mib=900.0)), "900 MiB of it are in swap", "swapoff"),
     (
         "slow_disk",

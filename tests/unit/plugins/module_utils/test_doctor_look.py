@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from ansible_collections.nvl.vllm.plugins.module_utils import _gpu_info
+from ansible_collections.nvl.vllm.plugins.module_utils._doctor import Observed, diagnose
 from ansible_collections.nvl.vllm.plugins.module_utils._doctor_look import Look, Wanted, parse_utilization
+
+FAKES = Path(__file__).parents[3] / "fakes"
 
 
 def wanted(**changes: Any) -> Wanted:
@@ -34,21 +40,69 @@ def test_utilization_is_by_index_and_without_what_cannot_be_told():
     assert parse_utilization("0, 87\n1, [N/A]\n2, 0\n") == {"0": 0.87, "2": 0.0}
 
 
-def test_only_the_journal_of_the_last_start_counts():
-    text = "old\nStarting vllm@primary.service - vLLM engine primary...\nnew: CUDA out of memory\n"
-    assert "old" not in Look(wanted(), answer(0, text)).journal("vllm@primary.service")
-    assert Look(wanted(), answer(0, "all there is\n")).journal("u") == "all there is\n"
+class Journal:
+    """Stands in for journalctl: answers the same to all, and keeps what it was asked."""
+
+    def __init__(self, status: int, out: str) -> None:
+        self.status, self.out = status, out
+        self.asked: list[list[str]] = []
+
+    def __call__(self, argv: list[str], timeout: float) -> tuple[int, str, str]:
+        self.asked.append(argv)
+        return self.status, self.out, ""
 
 
-def test_processes_that_the_kernel_killed():
-    text = "fine\nvllm@primary.service: A process of this unit has been killed by the OOM killer.\n"
-    (line,) = Look(wanted(), answer(0, text)).killed(["vllm@primary.service"])
-    assert line.endswith("killed by the OOM killer.")
+def test_of_an_engine_that_runs_the_lines_of_its_start_are_read_however_many_follow():
+    journal = Journal(0, "Loading weights took 3.1 seconds")
+    uptime = time.clock_gettime(time.CLOCK_MONOTONIC)
+    state = {
+        "ActiveState": "active",
+        "ExecMainStartTimestampMonotonic": str(int((uptime - 7200) * 1e6)),
+        "ActiveEnterTimestampMonotonic": str(int((uptime - 7140) * 1e6)),
+    }
+    assert "took 3.1" in Look(wanted(), journal).start("primary", "vllm@primary.service", state)
+    (argv,) = journal.asked
+    since, until = (float(one.partition("@")[2]) for one in argv if one.startswith(("--since=@", "--until=@")))
+    assert abs(time.time() - 7201 - since) < 60
+    assert until - since == pytest.approx(62, abs=1)
+
+
+def test_of_an_engine_that_does_not_run_the_last_lines_are_read():
+    journal = Journal(0, "why")
+    Look(wanted(), journal).start("primary", "vllm@primary.service", {"ActiveState": "failed"})
+    assert "--lines=200" in journal.asked[0]
+
+
+def test_memory_that_ran_out_is_searched_for_with_its_time_and_without_secrets(tmp_path: Path):
+    (tmp_path / "primary.env").write_text('VLLM_API_KEY="sesame"\n')
+    line = "2026-11-24T09:00:00+0000 gpu1 vllm[7]: (EngineCore) CUDA out of memory, sesame\n"
+    journal = Journal(0, line)
+    (found,) = Look(wanted(), journal, config=str(tmp_path)).out_of_memory("primary", "vllm@primary.service")
+    assert found.startswith("2026-11-24T09:00:00+0000 (EngineCore) CUDA out of memory")
+    assert "sesame" not in found
+    assert f"--since=@{time.time() - 3600:.0f}"[:-3] in " ".join(journal.asked[0])
+    # Files that were changed since may be the remedy.
+    (tmp_path / "primary.yaml").touch()
+    Look(wanted(), journal, config=str(tmp_path)).out_of_memory("primary", "vllm@primary.service")
+    assert f"--since=@{(tmp_path / 'primary.yaml').stat().st_mtime:.0f}" in journal.asked[1]
+
+
+def test_a_search_that_finds_nothing_is_no_failure():
+    look = Look(wanted(), Journal(1, ""))
+    assert look.out_of_memory("primary", "vllm@primary.service") == []
+    assert look.unknown == []
+
+
+def test_services_that_run_and_do_not_answer_are_told():
+    look = Look(wanted(gateway=True), answer(0, ""))
+    assert look.refused() == ({}, 0)
+    assert look.agent() == {}
+    assert sorted(look.silent) == ["vllm-gateway.service", "vllm-health.service"]
 
 
 def test_a_command_that_fails_is_told_and_does_not_end_the_look():
     look = Look(wanted(), answer(1, ""))
-    assert look.journal("u") == ""
+    assert look.journal("u", "u") == ""
     (problem,) = look.unknown
     assert "exit status 1: it failed" in problem
 
@@ -80,7 +134,9 @@ def test_an_engine_of_no_unit_is_an_orphan(tmp_path: Path):
     (tmp_path / "uptime").write_text("100.0 100.0\n")
     look = Look(wanted(), answer(0, ""), proc=str(tmp_path))
     assert look.orphans(["vllm@primary.service"]) == []
-    assert look.orphans(["vllm@secondary.service"]) == ["process 4711 (VLLM::EngineCore)"]
+    assert look.orphans(["vllm@secondary.service"]) == [
+        ("process 4711 (VLLM::EngineCore)", "systemctl stop vllm@primary.service")
+    ]
     assert look.swapped("vllm@primary.service") == 2.0
 
 
@@ -90,3 +146,26 @@ def test_a_gpus_utilization_is_the_mean_of_the_window():
     assert round(found["utilization"], 3) == 0.3
     assert len(found["throttled"]) == 1
     assert Look.gpus(None, []) == []
+
+
+@pytest.mark.parametrize(
+    ("state", "names"),
+    [
+        ("idle", []),
+        ("mismatch", ["gpu_driver"]),
+        ("lost", ["gpu_fault"]),
+        ("remap_failure", ["gpu_fault"]),
+        ("power_capped", []),
+        ("throttling", ["throttled"]),
+    ],
+)
+def test_what_only_hardware_could_do_is_found_by_the_stand_in_for_nvidia_smi(
+    monkeypatch: pytest.MonkeyPatch, state: str, names: list[str]
+):
+    monkeypatch.setenv("PATH", f"{FAKES}:{os.environ['PATH']}")
+    monkeypatch.setenv("NVIDIA_SMI_STATE", state)
+    look = Look(wanted(device="cuda"))
+    facts = _gpu_info.read(_gpu_info.run_command, 10)
+    samples = [look.utilization(), look.utilization()]
+    observed = Observed([], 1, gpus=Look.gpus(facts, samples), gpu_problem=facts.problem)
+    assert [one.name for one in diagnose(observed)] == names
