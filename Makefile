@@ -7,18 +7,21 @@ export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 # Byte code is what makes the second run quick.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: sandbox test lint unit haproxy molecule drill check-airgap bundle clean bootstrap bench-rerun bench-failover check-gpu-install score-memory lock-controller
+.PHONY: sandbox test lint unit client haproxy molecule drill check-airgap bundle clean bootstrap bench-rerun bench-failover check-gpu-install score-memory lock-controller
 
 sandbox: bootstrap       ## container host, two real vLLM CPU engines, failover drill
 	ansible-playbook playbooks/sandbox.yml
 
-test: lint unit haproxy molecule check-airgap ## everything that CI runs
+test: lint unit client haproxy molecule check-airgap ## everything that CI runs
 
 lint: bootstrap
 	tools/lint
 
 unit: bootstrap
 	pytest -q -n auto tests/unit
+
+client: bootstrap        ## the reference client, beside servers that misbehave
+	pytest -q client/tests
 
 haproxy: bootstrap       ## the gateway's configuration in a real HAProxy
 	pytest -q tests/haproxy

@@ -1,11 +1,7 @@
 """A client of several equal endpoints with failover, as the agentic client of the guide behaves.
 
-- Round robin over the healthy endpoints; each is checked in the background every
-  ``health_interval`` seconds.
-- A failed request marks its endpoint unhealthy at once and moves to the next endpoint at once.
-  Only when every endpoint has been tried does it back off: ``backoff_base`` x 1, 2, 4, 8 seconds.
-- After the first streamed token nothing is retried: the user has seen half an answer. Neither is a
-  request that the server rejects (4xx other than 408 and 429): it would be rejected again.
+The rules are in _retry_policy.py. Each endpoint is checked in the background every ``health_interval``
+seconds, and the pauses are ``backoff_base`` x 1, 2, 4, 8 seconds.
 
 With a LibraryPolicy it behaves as a client of one door that is built on OpenAI's library.
 
@@ -23,6 +19,7 @@ from typing import ClassVar
 from . import _openai
 from ._health import Look, check
 from ._openai import Completion, ConnectFailed, Endpoint, EndpointError, HttpStatus, Messages
+from ._retry_policy import Failure, RetryRules, Standing, choose, doubling, recovered
 
 COMPLETED = "completed"
 TRUNCATED = "truncated"  # failed after output had been streamed
@@ -57,11 +54,15 @@ class RetryPolicy:
 
     def backoff(self, number: int) -> float:
         """Seconds of the back-off with this number, counted from 0."""
-        return self.backoff_base * 2.0**number
+        return self._rules.pause(number)
 
-    def worth_another(self, error: EndpointError) -> bool:
-        """Whether a further attempt may end better than this one, which failed before any output."""
-        return not _rejected(error) or error.status in (408, 429)
+    def may_repeat(self, errors: Sequence[EndpointError]) -> bool:
+        """Whether a request may be sent again after these failed attempts, oldest first."""
+        return self._rules.may_repeat([_failure(error) for error in errors])
+
+    @property
+    def _rules(self) -> RetryRules:
+        return RetryRules(self.retries, doubling(self.backoff_base, self.retries))
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,10 @@ class LibraryPolicy(RetryPolicy):
     def backoff(self, number: int) -> float:
         return min(LIBRARY_PAUSE * 2.0**number, LIBRARY_PAUSE_LIMIT)
 
-    def worth_another(self, error: EndpointError) -> bool:
+    def may_repeat(self, errors: Sequence[EndpointError]) -> bool:
+        error = errors[-1]
+        if error.chunks or len(errors) > self.retries:
+            return False
         return isinstance(error, ConnectFailed) or (isinstance(error, HttpStatus) and (error.status or 0) >= 500)
 
 
@@ -125,14 +129,12 @@ class SystemTimer:
         condition.wait(seconds)
 
 
-class _Member:
+class _Member(Standing):
     """An endpoint and what the client thinks of it. Guarded by the client's condition."""
 
     def __init__(self, endpoint: Endpoint) -> None:
+        super().__init__()
         self.endpoint = endpoint
-        self.healthy = True  # until something shows otherwise
-        self.turn = 0  # of its last use: the lowest is the next in the round
-        self.events = 0  # failures and recoveries so far: tells old news from new
 
 
 class DualEndpointClient:
@@ -159,7 +161,6 @@ class DualEndpointClient:
         self._probe = probe or self._serves
         self._timer = timer or SystemTimer()
         self._changed = threading.Condition()
-        self._turns = 0
         self._closed = False
 
     def __enter__(self) -> DualEndpointClient:
@@ -196,7 +197,7 @@ class DualEndpointClient:
                     return Outcome(LOST, stream, started, self._timer.now(), tuple(attempts))
             attempt, completion = self._attempt(tried, messages, max_tokens, stream)
             attempts.append(attempt)
-            state = self._state(attempt.error, len(attempts))
+            state = self._state(attempts)
             if state:
                 ended = attempt.finished
                 return Outcome(state, stream, started, ended, tuple(attempts), completion)
@@ -214,51 +215,40 @@ class DualEndpointClient:
         try:
             completion = self._transport(member.endpoint, messages, max_tokens, stream, timeout)
         except EndpointError as error:
-            if not _rejected(error):
+            if not _failure(error).rejected:
                 self._mark(member, False, seen)
             tried[member] = seen
             return Attempt(name, begun, self._timer.now(), error), None
         self._mark(member, True, seen)
         return Attempt(name, begun, self._timer.now()), completion
 
-    def _state(self, error: EndpointError | None, attempts: int) -> str:
+    def _state(self, attempts: Sequence[Attempt]) -> str:
         """How a request ends after its latest attempt, or nothing when it is to be retried."""
-        if error is None:
+        errors = [attempt.error for attempt in attempts if attempt.error]
+        if len(errors) < len(attempts):
             return COMPLETED
-        if error.chunks:
+        if errors[-1].chunks:
             return TRUNCATED
-        again = attempts <= self.policy.retries and self.policy.worth_another(error) and not self._closed
-        return "" if again else LOST
+        return "" if self.policy.may_repeat(errors) and not self._closed else LOST
 
     def _choose(self, tried: dict[_Member, int]) -> tuple[_Member, int]:
-        """The next endpoint, and its events: not tried yet, then healthy, then whose turn it is."""
         with self._changed:
-            fresh = [member for member in self._members if member not in tried] or self._members
-            usable = [member for member in fresh if member.healthy] or fresh
-            member = min(usable, key=lambda candidate: candidate.turn)
-            self._turns += 1
-            member.turn = self._turns
+            member = choose(self._members, tried)
             return member, member.events
 
     def _back_off(self, seconds: float, tried: dict[_Member, int]) -> None:
         """Wait so long, or by the policy until an endpoint has recovered since this request tried it."""
         end = self._timer.now() + seconds
         with self._changed:
-            while not self._closed and not (
-                self.policy.wakes_early
-                and any(member.healthy and member.events != events for member, events in tried.items())
-            ):
+            while not self._closed and not (self.policy.wakes_early and recovered(tried)):
                 left = end - self._timer.now()
                 if left <= 0:
                     return
                 self._timer.wait(self._changed, left)
 
     def _mark(self, member: _Member, healthy: bool, seen: int) -> None:
-        """Note what was learnt, unless something happened there since it was ``seen``: old news."""
         with self._changed:
-            if seen == member.events and not (healthy and member.healthy):
-                member.events += 1
-                member.healthy = healthy
+            if member.mark(healthy, seen):
                 self._changed.notify_all()
 
     def _watch(self, member: _Member) -> None:
@@ -286,6 +276,5 @@ class DualEndpointClient:
         return check(endpoint, Look("serves", self.model, self.policy.request_timeout)).ok
 
 
-def _rejected(error: EndpointError) -> bool:
-    """Whether the server refused the request itself, which says nothing against the server."""
-    return error.status is not None and 400 <= error.status < 500
+def _failure(error: EndpointError) -> Failure:
+    return Failure(error.status, reached=not isinstance(error, ConnectFailed), output=error.chunks > 0)

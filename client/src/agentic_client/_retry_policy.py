@@ -1,0 +1,1 @@
+../../../plugins/module_utils/_retry_policy.py

@@ -1,0 +1,244 @@
+"""One attempt of one request at one endpoint, through OpenAI's SDK: a complete answer or an AttemptError.
+
+A status of 200 says little about vLLM: an engine that dies sends an error *inside* a stream, one that shuts
+down sends ``finish_reason: abort``. Moments are on the clock of the running loop, in seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import ssl
+import time
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx2
+import openai
+from openai.types import CompletionUsage
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator
+
+from .errors import (
+    AnswerCutError,
+    AttemptError,
+    AttemptTimeoutError,
+    ConnectError,
+    MalformedAnswerError,
+    StatusError,
+)
+
+Messages = Iterable[Mapping[str, Any]]
+
+FAILED_FINISHES = ("abort", "error")  # vLLM: shut down under the request, or failed inside the engine
+OUTPUT_FIELDS = ("content", "reasoning", "reasoning_content", "tool_calls")
+KEEP_ALIVE_SECONDS = 2.0  # vLLM closes an idle connection after 5 s, and must not do so under a request
+REMEDIES = {401: "; check the API key", 403: "; check the API key", 404: "; check the URL and the model name"}
+MESSAGE_LIMIT = 300  # characters of a server's message that are worth repeating
+
+
+class Options(BaseModel):
+    """Values that never change, and no others than those it names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EndpointConfig(Options):
+    """One server: its URL up to ``/v1``, and a name for messages."""
+
+    url: str
+    name: str = Field(min_length=1)
+
+    @field_validator("url")
+    @classmethod
+    def _usable(cls, url: str) -> str:
+        url = url.rstrip("/")
+        try:
+            parts = httpx2.URL(url)
+            usable = parts.scheme in ("http", "https") and bool(parts.host) and not parts.query and not parts.userinfo
+        except httpx2.InvalidURL:
+            usable = False
+        if not usable or not url.endswith("/v1"):
+            raise ValueError("wanted a URL such as http://127.0.0.1:8001/v1")
+        return url
+
+
+class Timeouts(Options):
+    """All in seconds.
+
+    ``connect``: until there is a connection. ``first_token``: of a stream, from sending the request to its
+    first output, so it must exceed the longest wait in the server's queue and the longest prompt; a health
+    check may take as long. ``idle``: of a stream, between two pieces. ``total``: for the whole call, with its
+    wait for a free slot, retries and pauses.
+    """
+
+    connect: PositiveFloat = 5.0
+    first_token: PositiveFloat = 60.0
+    idle: PositiveFloat = 30.0
+    total: PositiveFloat = 300.0
+
+
+@dataclass
+class Record:
+    """What is measured of one call."""
+
+    first_output: float | None = None
+    text: list[str] = field(default_factory=list)
+    usage: CompletionUsage | None = None
+
+
+class Transport:
+    """The connections to one endpoint, within one event loop."""
+
+    def __init__(
+        self, endpoint: EndpointConfig, model: str, key: str | None, timeouts: Timeouts, ca_file: str | None
+    ) -> None:
+        self._name = endpoint.name
+        self._model = model
+        self._timeouts = timeouts
+        self._running: set[asyncio.Timeout] = set()
+        self._client = openai.AsyncOpenAI(
+            base_url=endpoint.url,
+            api_key=key or "none",  # the SDK wants one, and engines without a key do not look
+            max_retries=0,
+            timeout=httpx2.Timeout(None, connect=timeouts.connect),
+            http_client=openai.DefaultAsyncHttpxClient(
+                verify=ssl.create_default_context(cafile=ca_file) if ca_file else True,
+                limits=httpx2.Limits(keepalive_expiry=KEEP_ALIVE_SECONDS),
+            ),
+        )
+
+    async def aclose(self) -> None:
+        await self._client.close()
+
+    def give_up(self) -> None:
+        """End the attempts that have no other way to notice that the endpoint hangs: those without a stream."""
+        for limit in self._running:
+            limit.reschedule(asyncio.get_running_loop().time())
+
+    async def complete(
+        self, messages: Messages, options: Mapping[str, Any], deadline: float, record: Record
+    ) -> AsyncGenerator[ChatCompletion]:
+        """One whole answer. Raises AttemptError, and TimeoutError at the deadline."""
+        limit = asyncio.timeout_at(deadline)
+        self._running.add(limit)
+        try:
+            async with limit:
+                with self._translated():
+                    answer: ChatCompletion = await self._send(messages, options, stream=False)
+        except TimeoutError:
+            if asyncio.get_running_loop().time() >= deadline:
+                raise
+            raise AttemptTimeoutError(self._name, "no answer, and a health check failed meanwhile") from None
+        finally:
+            self._running.discard(limit)
+        with self._understood():
+            record.usage = answer.usage
+            finishes = [(choice.message.role, choice.finish_reason)[1] for choice in answer.choices]
+        if not finishes or not all(finishes) or any(finish in FAILED_FINISHES for finish in finishes):
+            raise AnswerCutError(self._name, f"the server gave the request up, finish_reason {finishes}")
+        yield answer
+
+    async def stream(
+        self, messages: Messages, options: Mapping[str, Any], deadline: float, record: Record
+    ) -> AsyncGenerator[str]:
+        """The pieces of the answer's text as they come. Raises AttemptError, and TimeoutError at the deadline."""
+        now = asyncio.get_running_loop().time
+        limit, found = now() + self._timeouts.first_token, f"no token within {self._timeouts.first_token:g} s"
+        finished = False
+        chunks: openai.AsyncStream[ChatCompletionChunk] | None = None
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout_at(min(limit, deadline)):
+                        with self._translated():
+                            chunks = chunks or await self._send(messages, options, stream=True)
+                            with self._understood():
+                                chunk = await anext(chunks, None)
+                except TimeoutError:
+                    if now() >= deadline:
+                        raise
+                    raise AttemptTimeoutError(self._name, found) from None
+                if chunk is None:
+                    break
+                with self._understood():
+                    record.usage = chunk.usage or record.usage
+                    text, output, finish = _read(chunk)
+                if finish in FAILED_FINISHES:
+                    raise AnswerCutError(self._name, f"the server gave the request up, finish_reason {finish}")
+                finished = finished or bool(finish)
+                if output and record.first_output is None:
+                    record.first_output = now()
+                if text:
+                    record.text.append(text)
+                    yield text
+                if record.first_output is not None:
+                    limit, found = now() + self._timeouts.idle, f"nothing for {self._timeouts.idle:g} s in a stream"
+            if not finished:
+                raise AnswerCutError(self._name, "the stream ended without a finish_reason")
+        except AttemptError as error:
+            error.output = record.first_output is not None
+            raise
+        finally:
+            if chunks is not None:
+                await chunks.close()
+
+    async def _send(self, messages: Messages, options: Mapping[str, Any], stream: bool) -> Any:
+        # The last piece of a stream tells the tokens.
+        more = {"stream_options": {"include_usage": True}} if stream else {}
+        request: dict[str, Any] = {**more, **options, "model": self._model, "messages": list(messages)}
+        return await self._client.chat.completions.create(**request, stream=stream)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Whatever the SDK raises, as an AttemptError."""
+        try:
+            yield
+        except openai.APIStatusError as error:
+            wait = _retry_after(error.response.headers.get("retry-after"))
+            message = error.message[:MESSAGE_LIMIT] + REMEDIES.get(error.status_code, "")
+            raise StatusError(self._name, message, error.status_code, wait) from error
+        except openai.APITimeoutError as error:
+            raise ConnectError(self._name, f"no connection within {self._timeouts.connect:g} s") from error
+        except openai.APIConnectionError as error:
+            cause = error.__cause__
+            if isinstance(cause, httpx2.ConnectError):
+                raise ConnectError(self._name, f"no connection: {cause}") from error
+            raise AnswerCutError(self._name, f"the connection broke: {cause}") from error
+        except openai.APIResponseValidationError as error:
+            raise MalformedAnswerError(self._name, f"no chat completion: {error.message[:MESSAGE_LIMIT]}") from error
+        except openai.APIError as error:
+            code = int(error.code) if error.code and error.code.isdecimal() else None
+            raise StatusError(
+                self._name, f"an error inside the answer: {error.message[:MESSAGE_LIMIT]}", code
+            ) from error
+
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        """What reading an answer raises that is not one, as a MalformedAnswerError."""
+        try:
+            yield
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise MalformedAnswerError(self._name, f"no chat completion: {type(error).__name__}: {error}") from error
+
+
+def _read(chunk: ChatCompletionChunk) -> tuple[str, bool, str | None]:
+    """The text of a piece of a stream, whether it carries any output, and its finish_reason."""
+    for choice in chunk.choices[:1]:
+        output = any(getattr(choice.delta, name, None) for name in OUTPUT_FIELDS)
+        return choice.delta.content or "", output, choice.finish_reason
+    return "", False, None
+
+
+def _retry_after(header: str | None) -> float | None:
+    """Seconds from now, of a header that has seconds or a date."""
+    try:
+        return max(0.0, float(header or ""))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(header or "").timestamp() - time.time())
+    except ValueError:
+        return None
