@@ -30,6 +30,7 @@ ROLES = (
         "vllm_drift",
         "vllm_status",
         "vllm_doctor",
+        "vllm_benchmark",
         "vllm_cleanup",
         "agentic_client",
         "bundle",
