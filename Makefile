@@ -7,12 +7,12 @@ export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 # Byte code is what makes the second run quick.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: sandbox test lint unit client haproxy molecule drill check-airgap bundle clean bootstrap bench-rerun bench-failover check-gpu-install score-memory lock-controller
+.PHONY: sandbox test lint unit client monitoring haproxy molecule drill check-airgap bundle clean bootstrap bench-rerun bench-failover check-gpu-install score-memory lock-controller
 
 sandbox: bootstrap       ## container host, two real vLLM CPU engines, failover drill
 	ansible-playbook playbooks/sandbox.yml
 
-test: lint unit client haproxy molecule check-airgap ## everything that CI runs
+test: lint unit client monitoring haproxy molecule check-airgap ## everything that CI runs
 
 lint: bootstrap
 	tools/lint
@@ -22,6 +22,9 @@ unit: bootstrap
 
 client: bootstrap        ## the reference client, beside servers that misbehave
 	pytest -q client/tests
+
+monitoring: bootstrap    ## alert rules and configurations, by promtool and amtool
+	pytest -q tests/monitoring
 
 haproxy: bootstrap       ## the gateway's configuration in a real HAProxy
 	pytest -q tests/haproxy

@@ -31,6 +31,7 @@ ROLES = (
         "vllm_status",
         "vllm_doctor",
         "vllm_benchmark",
+        "vllm_monitoring",
         "vllm_cleanup",
         "agentic_client",
         "bundle",
