@@ -189,7 +189,8 @@ class Gateway:
     def workers(self) -> list[str]:
         """Processes that have requests, the newest one first."""
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(str(self.directory / "master.sock"))
+            # A master that has just read its files anew does not listen for a moment.
+            wait_for(lambda: connection.connect_ex(str(self.directory / "master.sock")) == 0)
             connection.settimeout(5)
             connection.sendall(b"show proc\n")
             connection.shutdown(socket.SHUT_WR)
