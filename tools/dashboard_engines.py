@@ -265,16 +265,20 @@ GPUS = Board(
         ),
         "Errors": (
             Tiles(
-                "Last Xid",
-                "The driver's last error of each GPU since it was loaded; 0 is none. Many are a program's fault.",
+                "Xids",
+                "The driver's errors of the last six hours, by code; without one there were none. Many are a program's "
+                "fault.",
                 "none",
-                {"{{host}} GPU {{gpu}}": f"DCGM_FI_DEV_XID_ERRORS{{{GPU}}}"},
+                {
+                    "{{host}} GPU {{gpu}} {{xid}}": "max by (host, gpu, xid) "
+                    f"(max_over_time(DCGM_EXP_XID_ERRORS_COUNT{{{GPU}}}[6h]))"
+                },
                 width=8,
                 thresholds={None: "green", 1: "orange"},
             ),
             Tiles(
                 "Uncorrectable ECC errors",
-                "Since the driver was loaded. One of them ended whatever used that memory.",
+                "Since the last reset, boot or load of the driver. One of them ended whatever used that memory.",
                 "short",
                 {"{{host}} GPU {{gpu}}": f"DCGM_FI_DEV_ECC_DBE_VOL_TOTAL{{{GPU}}}"},
                 width=8,

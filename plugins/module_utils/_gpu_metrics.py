@@ -28,6 +28,9 @@ REASONS = {
     "display_clocks_setting": 256,
 }
 
+#: One sample for each code. The last one alone would hide a fault behind what the driver logs after it.
+XIDS = "DCGM_EXP_XID_ERRORS_COUNT"
+
 #: Name, type and help of each figure.
 METRICS = (
     ("DCGM_FI_DEV_GPU_UTIL", "gauge", "Utilization (percent)."),
@@ -42,6 +45,7 @@ METRICS = (
     ("DCGM_FI_DEV_MEM_CLOCK", "gauge", "Clock of the memory (MHz)."),
     ("DCGM_FI_DEV_CLOCKS_EVENT_REASONS", "gauge", "Why clocks are lowered (bits)."),
     ("DCGM_FI_DEV_XID_ERRORS", "gauge", "The last Xid since boot."),
+    (XIDS, "gauge", "Xids since boot, by code."),
     ("DCGM_FI_DEV_ECC_SBE_VOL_TOTAL", "counter", "Corrected ECC errors since the last reset."),
     ("DCGM_FI_DEV_ECC_DBE_VOL_TOTAL", "counter", "Uncorrected ECC errors since the last reset."),
     ("DCGM_FI_DEV_CORRECTABLE_REMAPPED_ROWS", "counter", "Rows remapped for corrected errors."),
@@ -75,6 +79,13 @@ def last_xid(gpu: Gpu) -> int | None:
     if gpu.xids is None:
         return None
     return max(gpu.xids, key=lambda xid: xid.last_time).code if gpu.xids else 0
+
+
+def xid_counts(gpu: Gpu) -> dict[str, int]:
+    """How often each Xid was logged, by label; 0 without one where none was, as dcgm-exporter has it."""
+    if gpu.xids is None:
+        return {}
+    return {f',xid="{xid.code}"': xid.count for xid in gpu.xids} or {"": 0}
 
 
 def figures(gpu: Gpu, asked: Mapping[str, float]) -> dict[str, float | None]:
@@ -117,6 +128,7 @@ def page(facts: Facts, asked: Mapping[str, Mapping[str, float]], hostname: str) 
         for name, value in figures(gpu, asked.get(pci_key(gpu.pci) if ":" in gpu.pci else "", {})).items():
             if value is not None:
                 lines[name].append(f"{name}{{{label}}} {float(value):g}")
+        lines[XIDS] += [f"{XIDS}{{{label}{code}}} {count}" for code, count in xid_counts(gpu).items()]
     return "".join(
         f"# HELP {name} {text}\n# TYPE {name} {kind}\n" + "".join(f"{line}\n" for line in lines[name])
         for name, kind, text in METRICS

@@ -87,6 +87,22 @@ def test_fields_that_a_driver_does_not_know_leave_the_others():
     assert ask(run, 1) == {"0000:ad:00": {"utilization.gpu": 5, "power.draw": 61.5}}
 
 
+def xids(log: str) -> dict[str, str]:
+    """The counts of GPU 0, by label xid."""
+    run = runner("idle", log)
+    text = page(_gpu_info.read(run, 20), {}, "h1")
+    return dict(re.findall(r'^DCGM_EXP_XID_ERRORS_COUNT\{gpu="0",.*?"(?:,xid="(\d+)")?\} (\S+)$', text, re.MULTILINE))
+
+
+def test_each_xid_is_counted_by_its_code_so_that_what_follows_a_fault_does_not_hide_it():
+    log = XID.format(1, 79) + XID.format(2, 45) + XID.format(3, 45) + XID.format(4, 154)
+    assert xids(log) == {"79": "1", "45": "2", "154": "1"}
+
+
+def test_without_an_xid_the_count_is_0_and_has_no_code():
+    assert xids("2026-11-24T01:00:00+00:00 h kernel: well\n") == {"": "0"}
+
+
 def test_the_last_xid_is_told():
     found = figures("idle", log=XID.format(1, 79) + XID.format(5, 31) + XID.format(3, 48))
     assert found["XID_ERRORS", "0"] == 31
@@ -95,6 +111,7 @@ def test_the_last_xid_is_told():
 
 def test_without_a_kernel_log_no_xid_is_told():
     assert ("XID_ERRORS", "0") not in figures("idle", log="")
+    assert xids("") == {}
 
 
 def test_a_lost_gpu_has_its_xid_alone():
