@@ -33,6 +33,10 @@ ALERTS = Table(
     units={"since": "dateTimeFromNow"},
 )
 
+# HAProxy counts a refused connection that moves on as redispatched only, and an answer that did not come as both.
+RETRIED = f"sum(rate(haproxy_backend_retry_warnings_total{{{ENGINES}}}{RATE}))"
+MOVED = f"sum(rate(haproxy_backend_redispatch_warnings_total{{{ENGINES}}}{RATE}))"
+
 OVERVIEW = Board(
     "nvl-vllm-overview",
     "vLLM: on call",
@@ -165,10 +169,7 @@ OVERVIEW = Board(
                 "Retries",
                 "Requests sent again, and those of them sent to another engine. Users did not notice.",
                 "reqps",
-                {
-                    "again": f"sum(rate(haproxy_backend_retry_warnings_total{{{ENGINES}}}{RATE}))",
-                    "elsewhere": f"sum(rate(haproxy_backend_redispatch_warnings_total{{{ENGINES}}}{RATE}))",
-                },
+                {"again": f"{RETRIED} > {MOVED} or {MOVED}", "elsewhere": MOVED},
             ),
             Panel(
                 "Queue",
@@ -277,13 +278,14 @@ GATEWAY = Board(
         "Failover": (
             Panel(
                 "Retries",
-                "Requests sent again, by the engine that did not answer. Users did not notice.",
+                "Requests sent again as an engine took them and did not answer, by that engine. Users did not notice.",
                 "reqps",
                 {"{{host}} {{server}}": rate(f"haproxy_server_retry_warnings_total{{{ENGINES}}}", "host, server")},
             ),
             Panel(
                 "Sent to another engine",
-                "Of the retries those that went elsewhere.",
+                "Requests that moved on, by the engine that they left: after no answer, or after a refused connection, "
+                "which is no retry at the left.",
                 "reqps",
                 {"{{host}} {{server}}": rate(f"haproxy_server_redispatch_warnings_total{{{ENGINES}}}", "host, server")},
             ),
