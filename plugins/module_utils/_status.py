@@ -76,28 +76,50 @@ def figures(before: Mapping[str, float], after: Mapping[str, float], seconds: fl
 
 
 def gateway_figures(page: str) -> dict[str, Any]:
-    """Sessions, queue, retries and state of each server, from HAProxy's statistics as CSV. Raises ValueError."""
-    rows = {(row["pxname"], row["svname"]): row for row in csv.DictReader(page.lstrip("# ").splitlines())}
-    engines = rows.get(("engines", "BACKEND"))
-    if engines is None:
-        raise ValueError(f"wanted HAProxy's statistics with a backend engines, found {page[:60]!r}")
-    servers = {name: row["status"] for (backend, name), row in rows.items() if backend == "engines"}
-    servers.pop("BACKEND")
-    return {
-        "sessions": int(engines["scur"] or 0),
-        "queue": int(engines["qcur"] or 0),
-        "retries": int(engines["wretr"] or 0),
-        "errors_5xx": int(engines["hrsp_5xx"] or 0),
-        "servers": servers,
-    }
+    """Sessions, queue, retries and state of each server, from HAProxy's statistics as CSV. Raises ValueError.
+
+    ``queues`` has, for each server, the requests that wait for it and those that wait for whichever is free first.
+    HAProxy counts a request in one of the two only.
+    """
+    table = csv.DictReader(page.lstrip("# ").splitlines())
+    try:
+        servers = {row["svname"]: row for row in table if row["pxname"] == "engines"}
+        engines = servers.pop("BACKEND")
+        unassigned = int(engines["qcur"] or 0)
+        waiting = {name: int(row["qcur"] or 0) for name, row in servers.items()}
+        return {
+            "sessions": int(engines["scur"] or 0),
+            "queue": unassigned + sum(waiting.values()),
+            "queues": {name: unassigned + count for name, count in waiting.items()},
+            "retries": int(engines["wretr"] or 0),
+            "errors_5xx": int(engines["hrsp_5xx"] or 0),
+            "servers": {name: row["status"] for name, row in servers.items()},
+        }
+    except (KeyError, TypeError, ValueError) as problem:
+        raise ValueError(f"wanted HAProxy's statistics with a backend engines, found {page[:60]!r}") from problem
 
 
-def parse_gpus(text: str) -> list[dict[str, Any]]:
-    """GPUs from ``nvidia-smi``, asked for :data:`GPU_FIELDS`: MiB, degrees Celsius, W; None where it cannot tell."""
-    gpus = []
-    for row in csv.reader(text.splitlines(), skipinitialspace=True):
-        if len(row) != len(GPU_FIELDS):
-            raise ValueError(f"wanted {len(GPU_FIELDS)} values from nvidia-smi, found {', '.join(row)!r}")
+def agent_words(page: str) -> dict[str, str]:
+    """What the health agent tells the gateway of each engine, from its ``/status``. Raises ValueError."""
+    try:
+        return {str(name): str(one["word"]) for name, one in json.loads(page)["instances"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as problem:
+        raise ValueError(
+            f"wanted the health agent's word on each engine from /status, found {page[:60]!r}"
+        ) from problem
+
+
+def parse_gpus(text: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """GPUs from ``nvidia-smi``, asked for :data:`GPU_FIELDS`, and lines that are of no GPU.
+
+    MiB, degrees Celsius, W; None where it cannot tell.
+    """
+    gpus, stray = [], []
+    for line in filter(str.strip, text.splitlines()):
+        row = [cell.strip() for cell in line.split(",")]
+        if len(row) != len(GPU_FIELDS) or not row[0].isdigit():
+            stray.append(line.strip())
+            continue
         index, name, *values = row
         numbers: list[float | None] = []
         for value in values:
@@ -107,7 +129,25 @@ def parse_gpus(text: str) -> list[dict[str, Any]]:
                 numbers.append(None)
         keys = ("utilization", "used_mib", "total_mib", "temperature_c", "power_w", "power_cap_w")
         gpus.append({"index": index, "name": name, **dict(zip(keys, numbers))})
-    return gpus
+    return gpus, stray
+
+
+def read_gpus(run: _gpu_info.TimedRunner, timeout: float) -> tuple[list[dict[str, Any]], list[str]]:
+    """The GPUs that can be told of, and why not more."""
+    argv = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
+    try:
+        status, out, error = run(argv, timeout)
+    except FileNotFoundError:
+        return [], [_gpu_info.MISSING.sentence]
+    except TimeoutError:
+        return [], [_gpu_info.hang(timeout).sentence]
+    except OSError as problem:
+        return [], [f"nvidia-smi: {problem}"]
+    gpus, stray = parse_gpus(out)
+    if status != 0:
+        # One GPU that fell off the bus (15), or whose infoROM is corrupted (14), and the others are well.
+        return gpus, [_gpu_info.explain(status, out + error).sentence]
+    return gpus, [f"nvidia-smi says: {line}" for line in stray]
 
 
 def read(
@@ -144,17 +184,19 @@ def read(
         now, second = sums(endpoint)
         instances[endpoint.name] = figures(first, second, now - began, now)
     host: dict[str, Any] = {"instances": instances, "agent": None, "gateway": None, "gpus": []}
-    if agent is not None and (text := page(agent, "/status")):
-        host["agent"] = {name: one["word"] for name, one in json.loads(text)["instances"].items()}
-    if statistics is not None and (text := page(statistics, "/;csv")):
-        host["gateway"] = gateway_figures(text)
+    services: list[tuple[str, Endpoint | None, str, Callable[[str], dict[str, Any]]]] = [
+        ("agent", agent, "/status", agent_words),
+        ("gateway", statistics, "/;csv", gateway_figures),
+    ]
+    for key, service, path, parse in services:
+        if service is not None and (text := page(service, path)) is not None:
+            try:
+                host[key] = parse(text)
+            except ValueError as problem:
+                problems.append(f"{service}: {problem}")
     if gpus:
-        argv = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
-        status, out, error = run(argv, timeout)
-        if status == 0:
-            host["gpus"] = parse_gpus(out)
-        else:
-            problems.append(_gpu_info.explain(status, out + error).sentence)
+        host["gpus"], why = read_gpus(run, timeout)
+        problems += why
     return {**host, "problems": problems}
 
 

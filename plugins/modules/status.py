@@ -81,7 +81,9 @@ agent:
   returned: success
   type: dict
 gateway:
-  description: C(sessions), C(queue), C(retries), C(errors_5xx) of the gateway, and the state of each of its C(servers).
+  description: >-
+    C(sessions), C(queue), C(retries), C(errors_5xx) of the gateway, the state of each of its C(servers), and in
+    C(queues) how many requests each of them could take from the queue.
   returned: success
   type: dict
 gpus:

@@ -8,16 +8,23 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from helpers import INSTANCES, ROOT, await_, chat
+from helpers import INSTANCES, PORTS, ROOT, await_, chat
 from testinfra.host import Host
 
-COMMAND = ["tools/status", "-i", "inventory/molecule"]
+COMMAND = ["../tools/status", "-i", "molecule"]
 
 
 def screen(*arguments: str) -> str:
+    """What it prints, called from another directory than the clone's."""
     environment = {name: value for name, value in os.environ.items() if name != "ANSIBLE_CONFIG"}
     done = subprocess.run(
-        [*COMMAND, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+        [*COMMAND, *arguments],
+        cwd=ROOT / "inventory",
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     return done.stdout + done.stderr
 
@@ -51,6 +58,16 @@ def test_an_engine_that_is_drained_is_shown_as_such(host: Host) -> None:
     finally:
         host.run_expect([0], "rm /run/nvl-vllm/drain/secondary")
     await_(lambda: "2 of 2 engines" in screen(), 60)
+
+
+def test_gpus_that_cannot_be_asked_do_not_hide_the_engines(host: Host) -> None:
+    """A GPU host whose driver is gone; the variables alone say that this one has GPUs."""
+    assert not host.exists("nvidia-smi")
+    pair = [{"name": name, "port": PORTS[name], "gpus": [number]} for number, name in enumerate(INSTANCES)]
+    variables = {"vllm_device": "cuda", "vllm_arguments": {}, "vllm_environment": {}, "vllm_instances": pair}
+    lines = screen("-e", json.dumps(variables)).splitlines()
+    assert [line.split()[:2] for line in lines[2:4]] == [[name, "serves"] for name in INSTANCES]
+    assert lines[-1] == "nvidia-smi is not there: install the NVIDIA driver"
 
 
 @pytest.mark.parametrize("variables", [{"ansible_port": 1}, {"vllm_status_window": 0}])

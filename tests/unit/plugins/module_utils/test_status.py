@@ -14,7 +14,7 @@ STATISTICS = (
     "# pxname,svname,qcur,scur,wretr,hrsp_5xx,status,\n"
     "door,FRONTEND,,3,,0,OPEN,\n"
     "engines,primary,0,2,1,0,UP,\n"
-    "engines,secondary,0,0,0,0,DOWN (agent),\n"
+    "engines,secondary,2,0,0,0,DOWN (agent),\n"
     "engines,BACKEND,4,2,1,5,UP,\n"
 )
 GPU = "0, NVIDIA H100 NVL, 87, 78000, 95830, 61, 312.50, 400.00\n1, NVIDIA H100 NVL, [N/A], 3, 95830, 30, 60, 400\n"
@@ -117,17 +117,21 @@ def test_who_does_not_answer_is_told_once():
 def test_gateway_figures():
     assert _status.gateway_figures(STATISTICS) == {
         "sessions": 2,
-        "queue": 4,
+        # Two wait for the secondary alone, four for whichever is free first.
+        "queue": 6,
+        "queues": {"primary": 4, "secondary": 6},
         "retries": 1,
         "errors_5xx": 5,
         "servers": {"primary": "UP", "secondary": "DOWN (agent)"},
     }
-    with pytest.raises(ValueError, match="backend engines"):
-        _status.gateway_figures("<html>")
+    for page_ in ("<html>", "", STATISTICS.replace("engines,BACKEND,4", "engines,BACKEND,x")):
+        with pytest.raises(ValueError, match="backend engines"):
+            _status.gateway_figures(page_)
 
 
 def test_gpus_are_read_in_the_order_that_they_are_asked_in():
-    first, second = _status.parse_gpus(GPU)
+    (first, second), stray = _status.parse_gpus(GPU)
+    assert stray == []
     assert first == {
         "index": "0",
         "name": "NVIDIA H100 NVL",
@@ -139,14 +143,49 @@ def test_gpus_are_read_in_the_order_that_they_are_asked_in():
         "power_cap_w": 400,
     }
     assert second["utilization"] is None
-    with pytest.raises(ValueError, match="wanted 8 values"):
-        _status.parse_gpus("No devices were found\n")
+    assert _status.parse_gpus("No devices were found\n") == ([], ["No devices were found"])
 
 
-def test_nvidia_smi_that_fails_is_a_problem_and_not_an_error():
-    found = look(everything(), gpus=True, run=lambda argv, timeout: (9, "", "NVIDIA-SMI has failed"))
-    assert found["gpus"] == []
-    assert len(found["problems"]) == 1
+def raising(error: Exception) -> Callable[..., Any]:
+    def run(argv: list[str], timeout: float) -> tuple[int, str, str]:
+        raise error
+
+    return run
+
+
+LOST = "Unable to determine the device handle for GPU1: 0000:AE:00.0: GPU is lost.\n"
+
+
+@pytest.mark.parametrize(
+    ("run", "many", "told"),
+    [
+        (lambda argv, timeout: (9, "", "NVIDIA-SMI has failed"), 0, "the NVIDIA driver is not loaded"),
+        (raising(TimeoutError()), 0, "nvidia-smi did not answer within 5 s"),
+        (raising(FileNotFoundError()), 0, "nvidia-smi is not there: install the NVIDIA driver"),
+        (raising(PermissionError("Permission denied")), 0, "nvidia-smi: Permission denied"),
+        (lambda argv, timeout: (0, f"{GPU}WARNING: something\n", ""), 2, "nvidia-smi says: WARNING: something"),
+        (lambda argv, timeout: (14, f"{GPU}WARNING: infoROM is corrupted\n", ""), 2, "the infoROM of a GPU"),
+        (lambda argv, timeout: (15, GPU, LOST), 2, "a GPU has fallen off the bus"),
+    ],
+)
+def test_nvidia_smi_that_fails_is_a_problem_and_what_it_told_is_kept(run: Callable[..., Any], many: int, told: str):
+    found = look(everything(), gpus=True, run=run)
+    assert len(found["gpus"]) == many
+    (problem,) = found["problems"]
+    assert problem.startswith(told)
+
+
+@pytest.mark.parametrize("said", ["", "<html>", "[]", '{"instances": {"primary": {}}}', '{"instances": ["primary"]}'])
+@pytest.mark.parametrize("service", ["health agent", "gateway"])
+def test_a_service_that_answers_something_else_is_a_problem_and_not_an_error(service: str, said: str):
+    pages = everything()
+    address = {"health agent": "http://127.0.0.1:8405/status", "gateway": "http://127.0.0.1:8404/;csv"}[service]
+    pages[address] = [said.encode()]
+    found = look(pages)
+    assert found[{"health agent": "agent", "gateway": "gateway"}[service]] is None
+    (problem,) = found["problems"]
+    assert problem.startswith(f"{service} (http://127.0.0.1:84")
+    assert problem.endswith(f"found {said!r}")
 
 
 def test_the_screen_shows_states_as_agent_and_gateway_see_them():
@@ -157,7 +196,7 @@ def test_the_screen_shows_states_as_agent_and_gateway_see_them():
     assert lines[2].split()[:2] == ["primary", "serves"]
     assert "down #no token" in lines[3]
     assert "█████░░░░░  50 %" in lines[2]
-    assert "1 of 2 engines, 2 sessions, 4 queued; since its start 1 retries, 5 answers 5xx" in shown
+    assert "1 of 2 engines, 2 sessions, 6 queued; since its start 1 retries, 5 answers 5xx" in shown
     assert "312 of 400 W" in shown
     assert shown.endswith("two\nconnection refused")
     assert "\033" not in shown
