@@ -9,6 +9,9 @@ decides. It listens on loopback:
   the answer never waits. Of an engine that it does not know, or not yet, it says nothing: HAProxy keeps what it knew.
 - status port: ``/metrics`` in Prometheus' text format, ``/status`` as JSON.
 
+Once the gateway has heard that an engine hangs, a file of the engine's name says so to its middleware (first_token.py),
+which hands back what waits there: the gateway itself cannot take it back in every version of HAProxy.
+
 It runs as root: the key is in a file that only root reads, and only root may have systemd kill a unit. Its own failure
 takes no engine down: HAProxy then keeps the last word, and its own checks.
 """
@@ -27,11 +30,13 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from . import _openai
 from ._agent import (
+    HUNG,
     SERIES,
     STATES,
     UP,
@@ -71,6 +76,7 @@ class Paths:
     settings: str = "/etc/vllm/health.json"
     config: str = "/etc/vllm"
     drain: str = "/run/nvl-vllm/drain"
+    hung: str = "/run/vllm-health/hung"
     state: str = "/var/lib/nvl-vllm/health.json"
     started: str = "/run/vllm-health/started"
     script: str = "/usr/local/libexec/vllm-health"
@@ -286,6 +292,7 @@ class Daemon:
 
     async def serve(self) -> None:
         """Listen and look until ``stopping`` is set. Raises OSError where a port is taken."""
+        os.makedirs(self.paths.hung, exist_ok=True)
         agent = await self._listen("agent", self._agent_client, self.settings.agent_port)
         status = await self._listen("status", self._status_client, self.settings.status_port)
         tasks = [asyncio.ensure_future(self.stopping.wait()), asyncio.ensure_future(self._notify())]
@@ -328,6 +335,8 @@ class Daemon:
             clients = clients_of(port) if look.kind == "answered" and not look.counters[RUNNING] else frozenset()
             look = look._replace(unit=unit, drain=drain_of(item.name, self.paths.drain), clients=clients)
             self._tell(watch.observe(look, began, time.monotonic()))
+            if watch.state != HUNG:
+                Path(self.paths.hung, item.name).unlink(missing_ok=True)
             if watch.wants_restart(time.monotonic()):
                 await self._restart(item, watch)
             self._looked[item.name] = time.monotonic()
@@ -418,6 +427,8 @@ class Daemon:
                 reason = f"the gateway asks for an engine that {self.paths.settings} does not have: it has {known}"
                 self._tell([Decision("note", name[:NAMES_LIMIT], "", reason)])
             return b""
+        if watch.state == HUNG:
+            Path(self.paths.hung, name).touch()
         word = watch.word()
         return f"{word}\n".encode("ascii") if word else b""
 

@@ -3,7 +3,7 @@
 # Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
 """A stand-in for a vLLM engine behind the gateway: HTTP/1.1 and SSE over real sockets, in a process that can be killed.
 
-    tests/haproxy/stub_engine.py NAME PORT
+    tests/haproxy/stub_engine.py NAME PORT DIRECTORY
 
 A request's body says how each engine behaves, by the engine's name; the same body can so end one engine and be
 answered by the next: ``{"behave": {"primary": "die"}, "stream": true, "tokens": 20, "pause": 0.01}``.
@@ -19,6 +19,9 @@ answered by the next: ``{"behave": {"primary": "die"}, "stream": true, "tokens":
 
 While a request with ``"unhealthy": true`` runs, ``GET /health`` is 503.
 
+As the engines' middleware does, it answers 502 to what waits (hang, held) once there is a file DIRECTORY/hung/NAME, and
+503 to what comes while there is DIRECTORY/drained/NAME.
+
 ``GET /seen`` tells how many completions came, and what is under way. The standard library alone.
 """
 
@@ -32,8 +35,11 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Coroutine
+from pathlib import Path
 
 name, port = sys.argv[1], int(sys.argv[2])
+hung, drained = (Path(sys.argv[3], mark, name) for mark in ("hung", "drained"))
 seen = {"completions": 0, "under_way": 0, "most": 0, "left": 0, "headers": {}, "ids": []}
 unhealthy: list[bool] = []
 
@@ -54,9 +60,25 @@ def event(text: str) -> bytes:
     return f"{len(data):x}\r\n".encode() + data + b"\r\n"
 
 
+async def handed_back() -> None:
+    while not hung.exists():
+        await asyncio.sleep(0.05)
+
+
+async def before_a_hang(waiting: Coroutine) -> bool:
+    """Whether this ended before the hang was known."""
+    tasks = [asyncio.ensure_future(waiting), asyncio.ensure_future(handed_back())]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    ended = tasks[0].done()
+    for task in tasks:
+        task.cancel()
+    return ended
+
+
 async def stream(writer: asyncio.StreamWriter, wanted: dict, behave: str) -> None:
-    if behave == "held":
-        await asyncio.sleep(wanted["hold"])
+    if behave == "held" and not await before_a_hang(asyncio.sleep(wanted["hold"])):
+        writer.write(answer(502, {"error": {"message": "it hangs"}}))
+        return
     writer.write(head(200, kind="text/event-stream"))
     for number in range(wanted.get("tokens", 3)):
         writer.write(event(json.dumps({"n": number, "sent": time.monotonic()})))
@@ -69,7 +91,7 @@ async def stream(writer: asyncio.StreamWriter, wanted: dict, behave: str) -> Non
 
 async def complete(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes) -> None:
     wanted = json.loads(body)
-    behave = wanted.get("behave", {}).get(name, "")
+    behave = "503" if drained.exists() else wanted.get("behave", {}).get(name, "")
     if behave == "die":
         os._exit(1)
     if behave == "close":
@@ -80,9 +102,10 @@ async def complete(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, b
         return
     if behave == "hang":
         # What arrives now is the other side's end.
-        await reader.read()
-        seen["left"] += 1
-        return
+        if await before_a_hang(reader.read()):
+            seen["left"] += 1
+            return
+        behave = "502"
     if behave.isdigit():
         writer.write(answer(int(behave), {"error": {"message": f"told so by {name}"}}))
     elif wanted.get("stream"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from ansible_collections.nvl.vllm.plugins.module_utils import _agent_daemon, _faults
 
 SOURCE = Path(__file__).parents[2] / "roles/vllm_instances/files/first_token.py"
 _spec = importlib.util.spec_from_file_location("first_token", SOURCE)
@@ -380,3 +381,140 @@ def test_a_client_that_is_gone_is_told_to_vllm():
 
     with pytest.raises(OSError, match=r"^gone$"):
         asyncio.run(first_token.FirstToken(app)(scope(), unused, send))
+
+
+# What the gateway gets back
+
+
+@pytest.fixture
+def marks(tmp_path, monkeypatch):
+    """Directories of the files that say that the engine is drained, and that it hangs."""
+    monkeypatch.setattr(first_token, "_NAME", "primary")
+    monkeypatch.setattr(first_token, "_LOOK_SECONDS", 0.01)
+    for name in ("_DRAINED", "_HUNG"):
+        monkeypatch.setattr(first_token, name, str(tmp_path / name))
+        (tmp_path / name).mkdir()
+    return SimpleNamespace(drained=tmp_path / "_DRAINED" / "primary", hung=tmp_path / "_HUNG" / "primary")
+
+
+def of_gateway(path=CHAT):
+    return scope(path, headers=[(b"X-Request-ID", b"7")])
+
+
+def test_the_marks_are_where_the_agent_and_the_drill_make_them():
+    paths = _agent_daemon.Paths()
+    assert (paths.hung, paths.drain) == (first_token._HUNG, first_token._DRAINED)
+    assert paths.drain == _faults.DRAIN_DIRECTORY
+
+
+def test_the_engine_knows_its_name():
+    template = (SOURCE.parents[1] / "templates/instance.env.j2").read_text()
+    assert 'NVL_VLLM_NAME="{{ item.name }}"\n' in template
+    assert 'os.environ.get("NVL_VLLM_NAME", "")' in SOURCE.read_text()
+
+
+class Vllm:
+    """An application whose engine hangs: it sends what it has, then waits for the engine to go on."""
+
+    def __init__(self, *messages):
+        self.messages = messages
+        self.waits, self.goes_on = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, scope, receive, send):
+        for message in self.messages:
+            await send(message)
+        self.waits.set()
+        await self.goes_on.wait()
+        await send(body(TOKEN))
+        await send(body(more=False))
+
+
+def while_it_hangs(marks, app, asked):
+    """What the client has got once the hang is known, and what when the engine has gone on."""
+
+    async def scenario():
+        server = Server()
+        middleware = first_token.FirstToken(app)
+        request = asyncio.create_task(middleware(asked, server.receive, server.send))
+        await asyncio.wait_for(app.waits.wait(), 30)
+        before = list(server.arrived)
+        marks.hung.touch()
+        # As many looks as it takes; where nothing is to come, so many that it would have.
+        for _ in range(20):
+            await asyncio.sleep(first_token._LOOK_SECONDS)
+        known = list(server.arrived)
+        app.goes_on.set()
+        await asyncio.wait_for(request, 30)
+        return before, known, server.arrived
+
+    return asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("sent", [(), (HEAD,), (HEAD, body(ROLE))], ids=["nothing", "head", "greeting"])
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses"])
+def test_what_waits_for_a_hung_engine_is_handed_back(marks, path, sent):
+    before, known, after = while_it_hangs(marks, Vllm(*sent), of_gateway(path))
+    assert before == []
+    assert status_and_body(known)[0] == 502
+    assert after == known  # what the engine says later, nobody hears
+
+
+def test_a_stream_that_has_begun_is_not_handed_back(marks):
+    before, known, after = while_it_hangs(marks, Vllm(HEAD, body(TOKEN)), of_gateway())
+    assert before == known == [HEAD, body(TOKEN)]
+    assert after == stream(TOKEN, TOKEN)
+
+
+def test_requests_of_others_wait(marks):
+    """The health agent's canary has to see the hang end."""
+    before, known, after = while_it_hangs(marks, Vllm(HEAD), scope(headers=[(b"accept", b"*/*")]))
+    assert before == known == []
+    assert after == stream(TOKEN)
+
+
+def test_one_that_cannot_be_told_does_not_keep_the_others(marks):
+    async def scenario():
+        server, app = Server(), Vllm(HEAD)
+        middleware = first_token.FirstToken(app)
+
+        async def gone(message):
+            raise OSError("gone")
+
+        requests = [asyncio.create_task(middleware(of_gateway(), server.receive, send)) for send in (gone, server.send)]
+        await asyncio.wait_for(app.waits.wait(), 30)
+        marks.hung.touch()
+        while len(server.arrived) < 2:
+            await asyncio.sleep(first_token._LOOK_SECONDS)
+        app.goes_on.set()
+        await asyncio.wait_for(asyncio.gather(*requests, return_exceptions=True), 30)
+        return server.arrived
+
+    assert status_and_body(asyncio.run(scenario()))[0] == 502
+
+
+def test_the_look_for_a_hang_ends_with_the_last_request_and_begins_with_the_next(marks):
+    async def scenario():
+        middleware = first_token.FirstToken(app := Vllm(HEAD))
+        for _ in range(2):
+            server = Server()
+            app.goes_on.set()
+            await middleware(of_gateway(), server.receive, server.send)
+            assert server.arrived == stream(TOKEN)
+            while middleware._watch:
+                await asyncio.sleep(first_token._LOOK_SECONDS)
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_a_drained_engine_takes_nothing_new_from_the_gateway(marks):
+    marks.drained.touch()
+    arrived = refused(of_gateway())
+    assert status_and_body(arrived)[0] == 503
+    assert (b"retry-after", b"1") in arrived[0]["headers"]
+    assert answers(stream(TOKEN), scope(headers=[]))[-1] == stream(TOKEN)
+    assert answers(stream(TOKEN), {**of_gateway("/v1/models"), "method": "GET"})[-1] == stream(TOKEN)
+
+
+def test_an_engine_without_a_name_looks_for_nothing(marks, monkeypatch):
+    monkeypatch.setattr(first_token, "_NAME", "")  # both directories are there
+    assert answers(stream(TOKEN), of_gateway())[-1] == stream(TOKEN)

@@ -7,12 +7,20 @@ token can be seconds away, and where the engine dies or hangs meanwhile, it is t
 sends a request to another engine only until the first byte of an answer has come. So the head waits
 here until there is a token to go with it. That costs no time: a client can do nothing with a head.
 
+What the gateway has sent and has no byte of is handed back to it where the engine can do nothing with
+it: 502 for what waits when the health agent finds a hang, 503 for what comes while the engine is
+drained. The gateway sends both to another engine. Requests of others go on as vLLM has them: they
+may have nowhere else to go, and one of them is the health agent's own, which has to wait to see a
+hang end.
+
 vLLM loads it with ``--middleware nvl_vllm.first_token.FirstToken``.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -28,6 +36,12 @@ PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 _GREETINGS = (b"event: response.created\n", b"event: response.in_progress\n")
 _DATA = b"data: "
 
+#: The engine's name. A file of that name in one of these directories says that it is drained (an operator's file, or
+#: that of the unit's helper), or that it hangs and the gateway knows (the health agent's).
+_NAME = os.environ.get("NVL_VLLM_NAME", "")
+_DRAINED, _HUNG = "/run/nvl-vllm/drain", "/run/vllm-health/hung"
+_LOOK_SECONDS = 0.5  # between two looks for a hang, while requests wait
+
 
 class FirstToken:
     """Holds the head of each streamed answer until the first piece that says something.
@@ -40,6 +54,8 @@ class FirstToken:
 
     def __init__(self, app: App) -> None:
         self.app = app
+        self._waiting: set[_Answer] = set()  # of the gateway's requests
+        self._watch: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not _wants_tokens(scope):
@@ -47,11 +63,32 @@ class FirstToken:
         elif _engine_is_dead(scope):
             # This request did not kill it, so a gateway may send it to another engine. What was under way when the
             # engine died gets vLLM's own 500: it may be the cause, and must not kill the next engine, too.
-            message = "The engine of this server has died and is about to be restarted."
-            error = {"message": message, "type": "ServiceUnavailableError", "param": None, "code": 503}
-            await _send_error(send, 503, error, [(b"retry-after", b"1")])
-        else:
+            await _refuse(send, 503, "The engine of this server has died and is about to be restarted.")
+        elif not _from_gateway(scope):
             await self.app(scope, receive, _Answer(send).send)
+        elif _is_marked(_DRAINED):
+            # From a process of the gateway that has not heard of it yet. Stopping, vLLM would answer 500.
+            await _refuse(send, 503, "This server takes no new requests, as it is drained.")
+        else:
+            await self._until_hung(scope, receive, _Answer(send))
+
+    async def _until_hung(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        self._waiting.add(answer)
+        self._watch = self._watch or asyncio.ensure_future(self._look_for_hang())
+        try:
+            await self.app(scope, receive, answer.send)
+        finally:
+            self._waiting.discard(answer)
+
+    async def _look_for_hang(self) -> None:
+        """As long as requests are here: hand them back when the engine is known to hang. One such task for all."""
+        try:
+            while self._waiting:
+                if _is_marked(_HUNG):
+                    await asyncio.gather(*(answer.hand_back() for answer in self._waiting), return_exceptions=True)
+                await asyncio.sleep(_LOOK_SECONDS)
+        finally:
+            self._watch = None
 
 
 class _Answer:
@@ -63,20 +100,21 @@ class _Answer:
         self._released = False
         self._refused = False
 
+    async def hand_back(self) -> None:
+        """Answer 502 where no byte has left. A server then tells the application that its client has gone."""
+        if not (self._released or self._refused):
+            self._refused = True
+            await _refuse(self._send, 502, "The engine of this server hangs.")
+
     async def send(self, message: Message) -> None:
         """Pass on what the application sends, or hold it."""
-        if self._released:
+        if self._refused:
+            pass  # the rest of an answer whose client has got an error instead
+        elif self._released:
             await self._send(message)
-        elif self._refused:
-            pass  # the rest of a stream whose client has got an error instead
-        elif not self._held:
-            if _begins_stream(message):
-                self._held.append(message)
-            else:
-                await self._send(message)
-        elif _is_early(message):
+        elif _is_early(message) if self._held else _begins_stream(message):
             self._held.append(message)
-        elif (error := _error(message)) is not None:
+        elif self._held and (error := _error(message)) is not None:
             self._refused = True
             code = error.get("code")
             status = code if isinstance(code, int) and 400 <= code <= 599 else 500
@@ -94,6 +132,15 @@ def _wants_tokens(scope: Scope) -> bool:
         return False
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", "")) in PATHS
+
+
+def _from_gateway(scope: Scope) -> bool:
+    """Whether something that can send the request elsewhere has sent it: the gateway names each one."""
+    return any(name.lower() == b"x-request-id" for name, _ in scope.get("headers", ()))
+
+
+def _is_marked(directory: str) -> bool:
+    return bool(_NAME) and os.path.exists(f"{directory}/{_NAME}")
 
 
 def _engine_is_dead(scope: Scope) -> bool:
@@ -149,6 +196,11 @@ def _event(piece: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return event if isinstance(event, dict) else None
+
+
+async def _refuse(send: Send, status: int, message: str) -> None:
+    error = {"message": message, "type": "ServiceUnavailableError", "param": None, "code": status}
+    await _send_error(send, status, error, [(b"retry-after", b"1")])
 
 
 async def _send_error(send: Send, status: int, error: dict[str, Any], headers: list[tuple[bytes, bytes]]) -> None:

@@ -76,7 +76,7 @@ class Host:
             folder.mkdir()
         (self.bin / "systemctl").write_text(SYSTEMCTL)
         (self.bin / "systemctl").chmod(0o755)
-        names = ("etc/health.json", "etc", "drain", "state/health.json", "started", "vllm-health", "unit")
+        names = ("etc/health.json", "etc", "drain", "hung", "state/health.json", "started", "vllm-health", "unit")
         self.paths = Paths(*(str(path / name) for name in names))
         self.agents = []
 
@@ -211,6 +211,30 @@ def test_a_hung_engine_is_ejected_then_killed_and_comes_back(host, fake_vllm):
     assert agent.decisions()[-1] == "admit"
     assert agent.metric('vllm_health_ejections_total{instance="primary",state="hung"}') == 1
     assert agent.metric('vllm_health_restarts_total{instance="primary"}') == len(host.killed())
+
+
+def test_the_engines_middleware_hears_of_a_hang_after_the_gateway(host, fake_vllm):
+    """Handed back before, a request could meet the same engine again."""
+    fake_vllm.running = 3
+    agent = host.start(host.engine("primary", fake_vllm.url), restart_after=1000)
+    agent.becomes("up")
+    mark = Path(host.paths.hung, "primary")
+    fake_vllm.chat = "hang"
+    until(lambda: agent.decisions()[-1] == "eject")
+    assert not mark.exists()
+    agent.becomes("down")
+    assert mark.exists()
+    fake_vllm.chat = "ok"
+    agent.becomes("up ready")
+    until(lambda: not mark.exists())
+
+
+def test_a_mark_of_an_agent_before_is_taken_away(host, fake_vllm):
+    mark = Path(host.paths.hung, "primary")
+    mark.parent.mkdir()
+    mark.touch()
+    host.start(host.engine("primary", fake_vllm.url)).becomes("up")
+    until(lambda: not mark.exists())
 
 
 def test_an_idle_engine_that_hangs_is_ejected(host, fake_vllm):
