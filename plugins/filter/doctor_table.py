@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from ansible_collections.nvl.vllm.plugins.module_utils._doctor import table
@@ -14,12 +13,13 @@ name: doctor_table
 short_description: What ails hosts, for a terminal
 version_added: 0.1.0
 description:
-  - Each finding with its evidence and what to do, the worst first; a sentence for a healthy host.
+  - Each finding with its evidence and what to do, the worst first, then what could not be looked at. A healthy host is
+    one line.
 author: The nvl.vllm authors
 positional: _input
 options:
   _input:
-    description: Results of M(nvl.vllm.doctor) by host.
+    description: By host C(findings) and C(unknown), as M(nvl.vllm.doctor) returns them.
     type: dict
     required: true
 """
@@ -37,15 +37,8 @@ _value:
 """
 
 
-def doctor_table(hosts: Mapping[str, Mapping[str, Any]]) -> str:
-    """The findings of all hosts, then what could not be looked at."""
-    lines = [table({host: result["findings"] for host, result in hosts.items()})]
-    lines += [f"Not looked at on {host}: {one}" for host, result in sorted(hosts.items()) for one in result["unknown"]]
-    return "\n".join(lines)
-
-
 class FilterModule:
     """Ansible's way to find the filter."""
 
     def filters(self) -> dict[str, Any]:
-        return {"doctor_table": doctor_table}
+        return {"doctor_table": table}

@@ -14,7 +14,9 @@ from typing import Any
 
 from . import _openai
 from ._drift_engine import parse_cache_info
-from ._gpu_info import is_failure, run_command
+from ._gpu_health import _SLOWDOWNS
+from ._gpu_info import TimedRunner, is_failure, run_command
+from ._gpu_metrics import REASONS
 from ._openai import Endpoint, EndpointError
 
 GAUGES = {
@@ -38,8 +40,8 @@ GPU_FIELDS = {
     "power_w": "power.draw",
     "clock_reasons": "clocks_event_reasons.active",
 }
-#: Clocks that are low as nothing runs (bit 0) tell nothing of a GPU.
-_IDLE = 0x1
+#: What slows a GPU down by a fault or a limit of the host, in words, by its bit of ``clock_reasons``.
+SLOWDOWNS = {REASONS[name]: words for name, words in _SLOWDOWNS.items()}
 INTERVAL = 0.5
 DEADLINE = 10.0
 
@@ -92,19 +94,21 @@ def _number(cell: str) -> float | int | None:
         return None  # [N/A]
 
 
-def read_gpus() -> list[GpuRow]:
-    """What nvidia-smi tells now; nothing where it fails."""
+def read_gpus(run: TimedRunner = run_command, timeout: float = DEADLINE) -> list[GpuRow]:
+    """What nvidia-smi tells now of each GPU; its exit status tells of the others. Nothing where it cannot be asked."""
     argv = ["nvidia-smi", f"--query-gpu=index,{','.join(GPU_FIELDS.values())}", "--format=csv,noheader,nounits"]
     try:
-        status, out, _ = run_command(argv, DEADLINE)
-    except (OSError, TimeoutError):
+        return parse_gpus(run(argv, timeout)[1])
+    except OSError:  # TimeoutError is one
         return []
-    return parse_gpus(out) if status == 0 else []
 
 
-def throttled(reasons: float | None) -> bool:
-    """Whether a GPU ran slower than it could, other than for lack of work."""
-    return bool(reasons) and bool(int(reasons or 0) & ~_IDLE)
+def slowed(reasons: float | None) -> list[str]:
+    """What slows a GPU down, in words; its own power cap and lack of work aside."""
+    bits = int(reasons or 0)
+    if bits & ~REASONS["hw_slowdown"] & sum(SLOWDOWNS):
+        bits &= ~REASONS["hw_slowdown"]  # the others are why
+    return [words for bit, words in SLOWDOWNS.items() if bits & bit]
 
 
 class Watch:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ._http import shorten
@@ -47,6 +47,7 @@ class Limits:
     gpu_utilization: float = 0.5
     kv_usage: float = 0.95
     load_rate: float = 100.0  # MiB/s
+    load_size: float = 1.0  # GiB; how fast fewer were read tells nothing of a disk
     restarts: int = 3
     free_space: float = 0.05
     pressure: float = 0.5
@@ -66,6 +67,8 @@ class Instance:
     gpus: Sequence[int | str] = ()  # indexes or UUIDs, as declared
     journal: str = ""  # of its start, or the last lines of one that does not run
     out_of_memory: Sequence[str] = ()  # lines of the last hour
+    plan: str = ""  # what the memory plan has for it, in a sentence; only of one that ran out of memory
+    queued: float = 0.0  # requests that wait for it at the gateway, on average
     swapped_mib: float = 0.0
     agent: str = ""
     stale: bool = False
@@ -97,22 +100,42 @@ class Instance:
         value = self.arguments.get(argument)
         return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
+    @property
+    def seats(self) -> int:
+        """How many requests it runs at once; 0 where that is not declared."""
+        return self.number("max-num-seqs") * max(1, self.number("data-parallel-size"))
+
+    @property
+    def full(self) -> bool:
+        """Whether it runs about as many requests as it may.
+
+        The mean of the window, as a request that ends leaves its seat empty for a moment.
+        """
+        return bool(self.seats) and self.mean(RUNNING) >= _FULL * self.seats
+
+    @property
+    def waited_for(self) -> bool:
+        """Whether requests wait for it, inside or at the gateway, which lets only a few wait inside."""
+        return self.mean(WAITING) > 0 or self.queued > 0
+
 
 @dataclass
 class Observed:
     """All of a host.
 
     ``gpus`` have ``index``, ``uuid``, ``utilization`` (mean, 0 to 1), ``throttled`` and ``faults`` (sentences).
-    ``silent`` is why a service of ours did not answer, ``orphans`` what each is and how to stop it.
+    ``silent`` is why a service of ours did not answer, ``orphans`` what each is and how to stop it. ``clock`` is when
+    it was looked at (s), as systemd's monotonic time stamps have it; ``gateway_refused`` is None where not known.
     """
 
     instances: Sequence[Instance]
     window: float
+    clock: float = 0.0
     gpus: Sequence[Mapping[str, Any]] = ()
     gpu_problem: str = ""
     gateway: Mapping[str, str] = field(default_factory=dict)
     gateway_state: Mapping[str, str] = field(default_factory=dict)
-    gateway_refused: int = 0
+    gateway_refused: int | None = None
     agent_state: Mapping[str, str] = field(default_factory=dict)
     orphans: Sequence[tuple[str, str]] = ()
     silent: Mapping[str, str] = field(default_factory=dict)
@@ -131,8 +154,10 @@ _FREE = re.compile(r"\(([\d.]+)/([\d.]+) GiB\) on startup")
 _LONGEST = re.compile(r"estimated maximum model length is (\d+)")
 _LOADED = re.compile(r"Loading weights took ([\d.]+) seconds")
 _SIZE = re.compile(r"Checkpoint size: ([\d.]+) GiB")
-#: Below this a load time says nothing of the disk.
-_SHORTEST_LOAD_GIB = 1.0
+#: Share of its seats from which on an engine is full.
+_FULL = 0.9
+#: How long (s) restarts matter after the last one.
+_RESTARTS_MATTER = 3600.0
 
 
 def _change(instance: Instance, argument: str, value: object, why: str) -> str:
@@ -162,8 +187,15 @@ def units(observed: Observed, limits: Limits) -> Iterator[Finding]:
         elif unit in observed.silent:
             yield Finding("no_answer", CRITICAL, unit, observed.silent[unit], f"systemctl restart {unit}; {look}")
         restarts = int(state.get("NRestarts") or 0)
-        if restarts >= limits.restarts:
-            yield Finding("restarted", WARNING, unit, f"systemd restarted it {restarts} times", f"{look} tells why")
+        ago = observed.clock - _started(state)
+        if restarts >= limits.restarts and ago < _RESTARTS_MATTER:
+            evidence = f"systemd restarted it {restarts} times, the last time {ago / 60:.0f} min ago"
+            yield Finding("restarted", WARNING, unit, evidence, f"{look} tells why")
+
+
+def _started(state: Mapping[str, str]) -> float:
+    """When a unit was started last (s of the monotonic clock); one that dies before its main process counts, too."""
+    return max(int(state.get(f"{what}TimestampMonotonic") or 0) for what in ("ExecMainStart", "InactiveExit")) / 1e6
 
 
 def _last_error(journal: str) -> str:
@@ -177,7 +209,8 @@ def memory(observed: Observed, _limits: Limits) -> Iterator[Finding]:
         killed = [line for line in one.out_of_memory if "OOM killer" in line]
         told = [line for line in one.out_of_memory if line not in killed]
         if told:
-            yield Finding("out_of_memory", CRITICAL, one.unit, shorten(told[-1]), "; or ".join(_less(one, told[-1])))
+            evidence = shorten(told[-1]) + (f"; by the memory plan {one.plan}" if one.plan else "")
+            yield Finding("out_of_memory", CRITICAL, one.unit, evidence, "; or ".join(_less(one, told[-1])))
         if killed:
             yield Finding(
                 "killed_by_kernel",
@@ -259,36 +292,34 @@ def out_of_use(observed: Observed, _limits: Limits) -> Iterator[Finding]:
 def load(observed: Observed, limits: Limits) -> Iterator[Finding]:
     """Too many requests for what is declared, or for the KV cache."""
     for one in observed.instances:
-        seqs, running, waiting = one.number("max-num-seqs"), one.most(RUNNING), one.most(WAITING)
-        usage = one.most(KV_USAGE)
-        full = usage >= limits.kv_usage
-        if seqs and one.always(WAITING) > 0 and one.always(RUNNING) >= seqs and not full:
-            yield Finding(
-                "max_num_seqs_reached",
-                WARNING,
-                one.unit,
-                f"{running:.0f} requests run (max-num-seqs {seqs}) and {waiting:.0f} wait, with {usage:.0%} of the KV "
-                "cache in use",
-                _change(one, "max-num-seqs", seqs * 2, "and let playbooks/preflight.yml tell whether that fits"),
-            )
-        if full:
-            evidence = f"{usage:.0%} of the KV cache was in use, {running:.0f} requests ran and {waiting:.0f} waited"
+        running, waiting, usage = one.most(RUNNING), one.most(WAITING), one.most(KV_USAGE)
+        fewer = _change(
+            one, "max-num-seqs", max(1, int(running) - 1), "or give the cache more memory: profile h100_nvl"
+        )
+        if usage >= limits.kv_usage:
             yield Finding(
                 "kv_cache_full",
                 WARNING,
                 one.unit,
-                evidence,
-                _change(
-                    one, "max-num-seqs", max(1, int(running) - 1), "or give the cache more memory: profile h100_nvl"
-                ),
+                f"{usage:.0%} of the KV cache was in use, {running:.0f} requests ran and {waiting:.0f} waited",
+                fewer,
             )
-        if one.always(WAITING) > 0 and one.always(RUNNING) < seqs and not full:
+        elif one.full and one.waited_for:
+            yield Finding(
+                "max_num_seqs_reached",
+                WARNING,
+                one.unit,
+                f"{running:.0f} requests run (max-num-seqs {one.number('max-num-seqs')}), {waiting:.0f} wait in it and "
+                f"{one.queued:.0f} at the gateway, with {usage:.0%} of the KV cache in use",
+                _more_seats(one),
+            )
+        elif one.always(WAITING) > 0:
             yield Finding(
                 "requests_wait",
                 WARNING,
                 one.unit,
                 f"{one.always(WAITING):.0f} requests or more waited all the time while {one.mean(RUNNING):.0f} of "
-                f"{seqs} ran, with {usage:.0%} of the KV cache in use",
+                f"{one.seats} ran, with {usage:.0%} of the KV cache in use",
                 "more comes in than it computes: lower max_concurrent of the client (agentic_client_max_concurrent), "
                 f"or raise max-num-batched-tokens of {one.name} (it is {one.number('max-num-batched-tokens')})",
             )
@@ -300,10 +331,13 @@ def load(observed: Observed, limits: Limits) -> Iterator[Finding]:
                 one.unit,
                 f"{preempted:.0f} requests lost their place in the KV cache within {observed.window:.0f} s and are "
                 "computed again",
-                _change(
-                    one, "max-num-seqs", max(1, int(running) - 1), "or give the cache more memory: profile h100_nvl"
-                ),
+                fewer,
             )
+
+
+def _more_seats(one: Instance) -> str:
+    seqs = one.number("max-num-seqs") * 2
+    return _change(one, "max-num-seqs", seqs, "and let playbooks/preflight.yml tell whether that fits")
 
 
 def cache(observed: Observed, limits: Limits) -> Iterator[Finding]:
@@ -344,17 +378,21 @@ def gpus(observed: Observed, limits: Limits) -> Iterator[Finding]:
         engines = [one for one in observed.instances if {gpu["index"], gpu["uuid"]} & set(one.gpus)]
         # The mean, as a canary of the health agent runs now and then on an idle engine.
         running = sum(one.mean(RUNNING) for one in engines)
-        waiting = sum(one.always(WAITING) for one in engines)
-        tokens = sum(one.gained(GENERATION) for one in engines)
-        if used is not None and used < limits.gpu_utilization and running >= 1 and tokens > 0 and not waiting:
-            seqs = sum(one.number("max-num-seqs") for one in engines)
+        idle = used is not None and used < limits.gpu_utilization and running >= 1
+        # Of an engine whose requests wait load() tells what to change.
+        held_up = any(load(replace(observed, instances=engines), limits))
+        if idle and not held_up and sum(one.gained(GENERATION) for one in engines) > 0:
+            seats, full = sum(one.seats for one in engines), [one for one in engines if one.full]
+            fewer = (
+                f"clients send too few requests at once ({running:.0f} of {seats}): raise max_concurrent of the client "
+                "(agentic_client_max_concurrent)"
+            )
             yield Finding(
                 "low_gpu_utilization",
                 WARNING,
                 where,
                 f"{used:.0%} on average over {observed.window:.0f} s while {running:.0f} requests ran",
-                f"clients send too few requests at once ({running:.0f} of {seqs}): raise max_concurrent of the client "
-                "(agentic_client_max_concurrent)",
+                "; and ".join(map(_more_seats, full)) if full else fewer,
             )
         for fault in gpu.get("faults") or ():
             yield Finding("gpu_fault", CRITICAL, where, fault, "see the message; then playbooks/preflight.yml")
@@ -384,7 +422,7 @@ def processes(observed: Observed, limits: Limits) -> Iterator[Finding]:
                 "give the host more memory, or switch swap off (swapoff -a)",
             )
         times, sizes = _LOADED.findall(one.journal), _SIZE.findall(one.journal)
-        if times and sizes and float(sizes[-1]) >= _SHORTEST_LOAD_GIB and float(times[-1]) > 0:
+        if times and sizes and float(sizes[-1]) >= limits.load_size and float(times[-1]) > 0:
             rate = float(sizes[-1]) * 1024 / float(times[-1])
             if rate < limits.load_rate:
                 yield Finding(
@@ -427,21 +465,22 @@ def diagnose(observed: Observed, limits: Limits = Limits(), rules: Iterable[Rule
     return sorted(found, key=lambda one: (SEVERITIES.index(one.severity), one.name, one.where))
 
 
-def table(hosts: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
-    """Findings of all hosts for a terminal; a sentence for each host that has none."""
+def table(hosts: Mapping[str, Mapping[str, Any]]) -> str:
+    """All hosts for a terminal, each with its ``findings`` and with what is ``unknown``; a line for a healthy one."""
     lines: list[str] = []
-    for host, findings in sorted(hosts.items()):
-        if not findings:
-            lines += [f"{host}  healthy", ""]
-            continue
-        lines.append(f"{host}  {len(findings)} finding{'s' if len(findings) > 1 else ''}")
+    for host, found in sorted(hosts.items()):
+        findings, unknown = found["findings"], found["unknown"]
+        counts = [f"{len(findings)} finding{'s' if len(findings) > 1 else ''}"] if findings else []
+        counts += [f"{len(unknown)} not looked at"] if unknown else []
+        lines.append(f"{host}  {', '.join(counts) or 'healthy'}")
         for one in findings:
             lines += [
                 f"  {one['severity']:8}  {one['name']}: {one['where']}",
                 f"            {one['evidence']}",
                 f"            do: {one['remedy']}",
             ]
-        lines.append("")
+        lines += [f"  unknown   {' '.join(one.split())}" for one in unknown]
+        lines += [""] if counts else []
     return "\n".join(lines).rstrip()
 
 

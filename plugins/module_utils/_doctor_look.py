@@ -5,24 +5,29 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from . import _drift_units, _gpu_health, _gpu_info, _health, _openai, _status
+from . import _doctor_plan, _drift_units, _gpu_health, _gpu_info, _health, _openai, _status
 from ._agent_daemon import key_of
+from ._benchmark_watch import GpuRow, read_gpus, slowed
 from ._doctor import OUT_OF_MEMORY, Instance, Observed
 from ._drift_kinds import MASK, masked
+from ._host import read_text
 from ._http import Endpoint, EndpointError
+from ._plan_inputs import LIMITS, gpu_devices, memory_device
 from ._unit import CONFIG, fingerprint, read_state
 
 SERVICES = ("vllm-gateway.service", "vllm-health.service")
-PROPERTIES = "Id,ActiveState,Result,NRestarts,ExecMainStartTimestampMonotonic,ActiveEnterTimestampMonotonic"
+PROPERTIES = (
+    "Id,ActiveState,Result,NRestarts,"
+    "InactiveExitTimestampMonotonic,ExecMainStartTimestampMonotonic,ActiveEnterTimestampMonotonic"
+)
 #: Rules of role gpu_preflight that tell of a GPU which does not work any more.
 FAULTS = ("gpu_lost", "fatal_xid", "recovery_needed", "remap_failure", "ecc_uncorrected")
 #: How far back (s) the journal is searched for memory that ran out.
@@ -35,7 +40,10 @@ _SWAP = re.compile(r"^VmSwap:\s+(\d+) kB", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to look at. ``instances`` have ``name``, ``unit``, ``url``, ``gpus`` and ``arguments``; times in seconds."""
+    """What to look at. ``instances`` have ``name``, ``unit``, ``url``, ``gpus``, ``arguments`` and ``environment``.
+
+    Times in seconds. ``version`` is vLLM's, empty for the one that the memory plan knows best.
+    """
 
     instances: Sequence[Mapping[str, Any]]
     device: str
@@ -48,16 +56,16 @@ class Wanted:
     window: float
     interval: float
     timeout: float
+    version: str = ""
 
 
-def parse_utilization(text: str) -> dict[str, float]:
-    """Utilization (0 to 1) by index, as ``nvidia-smi`` tells it in percent; without GPUs of which it cannot tell."""
-    found = {}
-    for line in text.splitlines():
-        index, _, value = line.partition(",")
-        with contextlib.suppress(ValueError):
-            found[index.strip()] = float(value) / 100
-    return found
+@dataclass(frozen=True)
+class Window:
+    """What was seen again and again: figures of each engine and of the gateway, and rows of all GPUs."""
+
+    engines: Sequence[Sequence[Mapping[str, float]]]
+    gateway: Sequence[Mapping[str, Any]]
+    gpus: Sequence[GpuRow]
 
 
 class Look:
@@ -98,48 +106,57 @@ class Look:
         except EndpointError:
             return {}
 
-    def utilization(self) -> dict[str, float]:
-        if self.wanted.device != "cuda":
-            return {}
-        argv = ["nvidia-smi", "--query-gpu=index,utilization.gpu", "--format=csv,noheader,nounits"]
-        try:
-            status, out, _ = self.run(argv, self.wanted.timeout)
-        except (OSError, TimeoutError):
-            return {}  # gpu_problem says why
-        return parse_utilization(out) if status == 0 else {}
+    def window(self, endpoints: Sequence[Endpoint]) -> Window:
+        """Looks again and again until the window ends, twice at least.
 
-    def window(self, endpoints: Sequence[Endpoint]) -> tuple[list[list[dict[str, float]]], list[dict[str, float]]]:
-        """Samples of each engine, and of the GPUs, over the window."""
-        end = time.monotonic() + self.wanted.window
+        A gateway that does not answer is asked once more, at the end: each look at it may take as long as the window.
+        """
+        wanted = self.wanted
+        end = time.monotonic() + wanted.window
         engines: list[list[dict[str, float]]] = [[] for _ in endpoints]
-        gpus = []
+        gateway: list[dict[str, Any]] = []
+        gpus: list[GpuRow] = []
+        last = False
         while True:
             for samples, endpoint in zip(engines, endpoints):
-                samples.append(self.sample(endpoint))
-            gpus.append(self.utilization())
-            if time.monotonic() >= end:
-                return [[one for one in samples if one] for samples in engines], gpus
-            self.sleep(self.wanted.interval)
+                if sample := self.sample(endpoint):
+                    samples.append(sample)
+            if wanted.gateway and (last or SERVICES[0] not in self.silent) and (figures := self.gateway()):
+                gateway.append(figures)
+            if wanted.device == "cuda":
+                gpus += read_gpus(self.run, wanted.timeout)  # where there are none, gpu_problem says why
+            if last:
+                return Window(engines, gateway, gpus)
+            self.sleep(wanted.interval)
+            last = time.monotonic() >= end
 
-    def refused(self) -> tuple[dict[str, str], int]:
-        """The gateway's servers, and how many answers 5xx it gave so far."""
-        if not self.wanted.gateway:
-            return {}, 0
+    def gateway(self) -> dict[str, Any]:
+        """The gateway's figures; empty where it does not answer, which is noted until it does."""
         try:
             figures = _status.gateway_figures(self.asked(SERVICES[0], self.wanted.statistics_url, "/;csv"))
         except (EndpointError, ValueError) as problem:
             self.silent[SERVICES[0]] = str(problem)
-            return {}, 0
-        return figures["servers"], figures["errors_5xx"]
+            return {}
+        self.silent.pop(SERVICES[0], None)
+        return figures
+
+    def refused(self, samples: Sequence[Mapping[str, Any]]) -> int | None:
+        """Answers 5xx of the gateway within the window; None where it was seen less than twice."""
+        if len(samples) > 1:
+            return max(0, int(samples[-1]["errors_5xx"] - samples[0]["errors_5xx"]))
+        if samples and SERVICES[0] not in self.silent:
+            self.unknown.append(
+                "the gateway answered at the end of the window only, so answers 5xx within it are not known"
+            )
+        return None
 
     def agent(self) -> dict[str, str]:
         """The health agent's word on each engine."""
         try:
-            found = json.loads(self.asked(SERVICES[1], self.wanted.agent_url, "/status"))["instances"]
-        except (EndpointError, ValueError, KeyError) as problem:
+            return _status.agent_words(self.asked(SERVICES[1], self.wanted.agent_url, "/status"))
+        except (EndpointError, ValueError) as problem:
             self.silent[SERVICES[1]] = str(problem)
             return {}
-        return {name: one["word"] for name, one in found.items()}
 
     def asked(self, service: str, url: str, path: str) -> str:
         """A page of a service. Raises EndpointError."""
@@ -233,22 +250,35 @@ class Look:
                 found[path] = (stat.f_bavail * stat.f_frsize / 2**20, stat.f_blocks * stat.f_frsize / 2**20)
         return found
 
+    def plans(self, facts: _gpu_info.Facts | None) -> dict[str, str]:
+        """What the memory plan has for each engine."""
+        wanted = self.wanted
+        if facts is None:
+            devices = [memory_device(read_text(f"{self.proc}/meminfo"), map(read_text, LIMITS))]
+        else:
+            units = [one["unit"] for one in wanted.instances]
+            ours = {each.uid for each in _drift_units.engines_running(self.proc) if each.unit in units}
+            devices = gpu_devices(facts.gpus, ours)
+        return _doctor_plan.sentences(
+            wanted.instances, wanted.device, devices, wanted.root, wanted.model_path, wanted.version
+        )
+
     def look(self) -> tuple[Observed, list[str]]:
         """Everything, and what could not be looked at."""
         wanted = self.wanted
         endpoints = [Endpoint(str(one["name"]), str(one["url"])) for one in wanted.instances]
         units = [str(one["unit"]) for one in wanted.instances]
         states = self.states()
-        _, refused_before = self.refused()
-        samples, utilization = self.window(endpoints)
-        servers, refused = self.refused()
+        clock = time.clock_gettime(time.CLOCK_MONOTONIC)
+        seen = self.window(endpoints)
         agent = self.agent()
         facts = _gpu_info.read(self.run, wanted.timeout) if wanted.device == "cuda" else None
         instances = []
-        for one, taken in zip(wanted.instances, samples):
+        for one, taken in zip(wanted.instances, seen.engines):
             name, unit = str(one["name"]), str(one["unit"])
             alive, canary = self.canary(name, str(one["url"]))
             started = str(read_state(name).get("fingerprint", ""))
+            queues = [figures["queues"].get(name, 0) for figures in seen.gateway]
             instances.append(
                 Instance(
                     name=name,
@@ -260,20 +290,25 @@ class Look:
                     canary=canary,
                     journal=self.start(name, unit, states.get(unit, {})),
                     out_of_memory=self.out_of_memory(name, unit),
+                    queued=sum(queues) / max(1, len(queues)),
                     gpus=one["gpus"],
                     swapped_mib=self.swapped(unit),
                     agent=agent.get(name, ""),
                     stale=bool(started) and started != fingerprint(name, wanted.root, wanted.model_path),
                 )
             )
+        if any(one.out_of_memory for one in instances):
+            plans = self.plans(facts)
+            instances = [replace(one, plan=plans.get(one.name, "")) for one in instances]
         observed = Observed(
             instances=instances,
             window=wanted.window,
-            gpus=self.gpus(facts, utilization),
+            clock=clock,
+            gpus=self.gpus(facts, seen.gpus),
             gpu_problem=facts.problem if facts else "",
-            gateway=servers,
+            gateway=seen.gateway[-1]["servers"] if seen.gateway else {},
             gateway_state=states.get(SERVICES[0], {}) if wanted.gateway else {},
-            gateway_refused=max(0, refused - refused_before),
+            gateway_refused=self.refused(seen.gateway),
             agent_state=states.get(SERVICES[1], {}),
             orphans=self.orphans(units),
             silent=self.silent,
@@ -283,19 +318,23 @@ class Look:
         return observed, self.unknown
 
     @staticmethod
-    def gpus(facts: _gpu_info.Facts | None, samples: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
-        """Mean utilization of each GPU, and in which way it is slowed down."""
+    def gpus(facts: _gpu_info.Facts | None, samples: Sequence[GpuRow]) -> list[dict[str, Any]]:
+        """Mean utilization of each GPU, and what slowed it down within the window."""
         found = []
         for gpu in facts.gpus if facts else ():
-            values = [one[str(gpu.index)] for one in samples if str(gpu.index) in one]
-            only = _gpu_info.Facts([gpu], _gpu_info.Host())
-            ails = _gpu_health.findings(only)
+            rows = [one for one in samples if one["gpu"] == gpu.index]
+            used = [one["utilization"] / 100 for one in rows if one["utilization"] is not None]
+            slow = [slowed(one["clock_reasons"]) for one in rows]
+            ails = _gpu_health.findings(_gpu_info.Facts([gpu], _gpu_info.Host()))
             found.append(
                 {
                     "index": gpu.index,
                     "uuid": gpu.uuid,
-                    "utilization": sum(values) / len(values) if values else None,
-                    "throttled": [one.sentence for one in ails if one.rule == "throttling"],
+                    "utilization": sum(used) / len(used) if used else None,
+                    "throttled": [
+                        f"{gpu}: in {sum(words in each for each in slow)} of {len(slow)} looks {words}"
+                        for words in dict.fromkeys(words for each in slow for words in each)
+                    ],
                     "faults": [one.sentence for one in ails if one.rule in FAULTS],
                 }
             )

@@ -43,6 +43,10 @@ options:
         description: Its declared arguments, by vLLM's names.
         type: dict
         required: true
+      environment:
+        description: Its declared environment variables.
+        type: dict
+        default: {}
   device:
     description: What the engines run on.
     type: str
@@ -68,6 +72,10 @@ options:
     description: Directory of the checkpoint.
     type: path
     required: true
+  version:
+    description: Version of vLLM; the memory plan of an engine that ran out of memory is for it.
+    type: str
+    default: ""
   disks:
     description: Directories whose file systems must not be full; those that are not there are left out.
     type: list
@@ -88,7 +96,7 @@ options:
   limits:
     description: >-
       From where on something is a finding: C(hit_rate), C(gpu_utilization), C(kv_usage), C(free_space) and C(pressure)
-      from 0 to 1, C(load_rate) in MiB/s, C(restarts) as a count. What is left out has its default.
+      from 0 to 1, C(load_rate) in MiB/s, C(load_size) in GiB, C(restarts) as a count. What is left out has its default.
     type: dict
     default: {}
 attributes:
@@ -150,6 +158,7 @@ def main() -> None:
         "url": {"type": "str", "required": True},
         "gpus": {"type": "list", "elements": "raw", "default": []},
         "arguments": {"type": "dict", "required": True},
+        "environment": {"type": "dict", "default": {}},
     }
     module = AnsibleModule(
         argument_spec={
@@ -160,6 +169,7 @@ def main() -> None:
             "statistics_url": {"type": "str", "default": "http://127.0.0.1:8404"},
             "root": {"type": "path", "default": "/opt/vllm"},
             "model_path": {"type": "path", "required": True},
+            "version": {"type": "str", "default": ""},
             "disks": {"type": "list", "elements": "path", "default": []},
             "window": {"type": "float", "default": 10.0},
             "interval": {"type": "float", "default": 1.0},

@@ -21,6 +21,8 @@ from ansible_collections.nvl.vllm.plugins.module_utils._status import (
 )
 
 ACTIVE = {"ActiveState": "active", "Result": "success", "NRestarts": "0"}
+#: When the host is looked at (s of the monotonic clock).
+NOW = 10_000.0
 LOADED = "INFO Checkpoint size: 60.80 GiB. Available RAM\nINFO Loading weights took 30.4 seconds\n"
 
 
@@ -53,6 +55,7 @@ def host(*instances: Instance, **changes: Any) -> Observed:
         Observed(
             instances=instances or (engine(),),
             window=10,
+            clock=NOW,
             gpus=[gpu(0.0)],
             gateway={"primary": "UP"},
             gateway_state=ACTIVE,
@@ -64,6 +67,10 @@ def host(*instances: Instance, **changes: Any) -> Observed:
     )
 
 
+def restarted(many: int, ago: float, stamp: str = "ExecMainStart") -> dict[str, str]:
+    return {**ACTIVE, "NRestarts": str(many), f"{stamp}TimestampMonotonic": str(int((NOW - ago) * 1e6))}
+
+
 def busy(**more: float) -> dict[str, float]:
     return {RUNNING: 4, WAITING: 0, KV_USAGE: 0.3, **more}
 
@@ -73,6 +80,8 @@ HEALTHY = [
     # Busy and well: at the limit with nobody waiting, and waiting only now and then.
     host(engine(busy(**{RUNNING: 8}), busy(**{RUNNING: 8}))),
     host(engine(busy(**{RUNNING: 8, WAITING: 2}), busy())),
+    # Restarted again and again, and well for more than an hour since.
+    host(engine(state=restarted(5, 4000))),
     host(engine({QUERIES: 0, HITS: 0}, {QUERIES: 9000, HITS: 6000})),
     # A few canaries never hit.
     host(engine({QUERIES: 0}, {QUERIES: 700, HITS: 0})),
@@ -107,7 +116,14 @@ SICK: list[tuple[str, Observed, str, str]] = [
         "inactive",
         "vllm-gateway",
     ),
-    ("restarted", host(engine(state={**ACTIVE, "NRestarts": "3"})), "restarted it 3 times", "journalctl"),
+    (
+        "restarted",
+        host(engine(state=restarted(3, 600))),
+        "restarted it 3 times, the last time 10 min ago",
+        "journalctl",
+    ),
+    # It dies before it has a main process.
+    ("restarted", host(engine(state=restarted(4, 60, "InactiveExit"))), "restarted it 4 times", "journalctl"),
     (
         "starts",
         host(engine(state={"ActiveState": "activating", "Result": "success"}, alive=False)),
@@ -179,8 +195,39 @@ SICK: list[tuple[str, Observed, str, str]] = [
     (
         "max_num_seqs_reached",
         host(engine(busy(**{RUNNING: 8, WAITING: 5}), busy(**{RUNNING: 8, WAITING: 3}))),
-        "8 requests run (max-num-seqs 8) and 5 wait",
+        "8 requests run (max-num-seqs 8), 5 wait in it and 0 at the gateway",
         "set max-num-seqs: 16 in the arguments of primary",
+    ),
+    # A seat is empty for a moment now and then, and all else waits at the gateway: no lack of requests.
+    (
+        "max_num_seqs_reached",
+        host(
+            engine(*(busy(**{RUNNING: n, GENERATION: n}) for n in (8, 8, 7, 8)), queued=20.0),
+            gpus=[gpu(0.3)],
+        ),
+        "8 requests run (max-num-seqs 8), 0 wait in it and 20 at the gateway",
+        "set max-num-seqs: 16 in the arguments of primary",
+    ),
+    (
+        "max_num_seqs_reached",
+        host(
+            engine(*(busy(**{RUNNING: 8, WAITING: n, GENERATION: 9 - n}) for n in (1, 0, 1)), queued=3.0),
+            gpus=[gpu(0.3)],
+        ),
+        "1 wait in it and 3 at the gateway",
+        "set max-num-seqs: 16",
+    ),
+    (
+        "max_num_seqs_reached",
+        host(
+            engine(
+                busy(**{RUNNING: 16, WAITING: 1}),
+                busy(**{RUNNING: 16, WAITING: 1}),
+                arguments={"max-num-seqs": 8, "data-parallel-size": 2},
+            )
+        ),
+        "16 requests run (max-num-seqs 8)",
+        "set max-num-seqs: 16",
     ),
     (
         "kv_cache_full",
@@ -214,6 +261,27 @@ SICK: list[tuple[str, Observed, str, str]] = [
             gpus=[gpu(0.2)],
         ),
         "20% on average over 10 s while 1 requests ran",
+        "clients send too few requests at once (1 of 8): raise max_concurrent of the client "
+        "(agentic_client_max_concurrent)",
+    ),
+    # Clients send just as many as there are seats.
+    (
+        "low_gpu_utilization",
+        host(
+            engine(busy(**{RUNNING: 8, GENERATION: 0}), busy(**{RUNNING: 8, GENERATION: 99})),
+            gpus=[gpu(0.2)],
+        ),
+        "20% on average over 10 s while 8 requests ran",
+        "set max-num-seqs: 16 in the arguments of primary",
+    ),
+    # A canary that waits for a moment is no queue.
+    (
+        "low_gpu_utilization",
+        host(
+            engine(*(busy(**{RUNNING: 1, WAITING: n, GENERATION: n}) for n in (0, 1, 0, 1))),
+            gpus=[gpu(0.2)],
+        ),
+        "while 1 requests ran",
         "agentic_client_max_concurrent",
     ),
     (
@@ -238,6 +306,12 @@ SICK: list[tuple[str, Observed, str, str]] = [
     ),
     ("disk_full", host(disks={"/srv": (100, 10_000)}), "0.1 of 9.8 GiB are free", "make room"),
     ("pressure", host(pressure={"memory": 0.8}), "waited for it 80% of the last 10 s", "end other programs"),
+    (
+        "out_of_memory",
+        host(engine(out_of_memory=["09:00 CUDA out of memory"], plan="it takes 79.1 GiB: weights 64.4")),
+        "09:00 CUDA out of memory; by the memory plan it takes 79.1 GiB: weights 64.4",
+        "playbooks/preflight.yml computes what fits",
+    ),
     ("gateway_refused", host(gateway_refused=12), "12 answers 5xx within 10 s", "vllm_gateway_queue"),
 ]
 
@@ -258,6 +332,12 @@ def test_every_rule_has_a_case():
     assert named == source
 
 
+def test_how_large_a_checkpoint_must_be_to_judge_a_disk_is_a_limit():
+    observed = host(engine(journal="Checkpoint size: 0.05 GiB\nLoading weights took 4.0 seconds"))
+    assert diagnose(observed) == []
+    assert [one.name for one in diagnose(observed, Limits(load_size=0.01))] == ["slow_disk"]
+
+
 def test_limits_decide():
     observed = host(engine({QUERIES: 0, HITS: 0}, {QUERIES: 9000, HITS: 4000}))
     assert diagnose(observed) == []
@@ -267,8 +347,19 @@ def test_limits_decide():
 def test_the_worst_comes_first_in_a_table_that_a_person_reads():
     observed = host(engine(canary="no token"), disks={"/srv": (1, 10_000)})
     found = _doctor.as_dicts(diagnose(observed))
-    shown = _doctor.table({"gpu1": found, "gpu2": []})
+    shown = _doctor.table({"gpu1": {"findings": found, "unknown": []}, "gpu2": {"findings": [], "unknown": []}})
     assert [one["severity"] for one in found] == ["critical", "warning"]
     assert shown.splitlines()[0] == "gpu1  2 findings"
     assert shown.splitlines()[1] == "  critical  false_healthy: vllm@primary.service"
     assert shown.endswith("gpu2  healthy")
+
+
+def test_a_host_that_was_not_looked_at_is_not_called_healthy():
+    found = _doctor.as_dicts(diagnose(host(disks={"/srv": (1, 10_000)})))
+    shown = _doctor.table(
+        {"away": {"findings": [], "unknown": ["no\nroute"]}, "part": {"findings": found, "unknown": ["journalctl: no"]}}
+    )
+    lines = shown.splitlines()
+    assert lines[:2] == ["away  1 not looked at", "  unknown   no route"]
+    assert lines[3] == "part  1 finding, 1 not looked at"
+    assert lines[-1] == "  unknown   journalctl: no"

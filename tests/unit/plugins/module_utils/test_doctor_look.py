@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from ansible_collections.nvl.vllm.plugins.module_utils import _gpu_info
 from ansible_collections.nvl.vllm.plugins.module_utils._doctor import Observed, diagnose
-from ansible_collections.nvl.vllm.plugins.module_utils._doctor_look import Look, Wanted, parse_utilization
+from ansible_collections.nvl.vllm.plugins.module_utils._doctor_look import Look, Wanted
+from ansible_collections.nvl.vllm.plugins.module_utils._http import ConnectFailed
 
 FAKES = Path(__file__).parents[3] / "fakes"
 
@@ -34,10 +35,6 @@ def wanted(**changes: Any) -> Wanted:
 
 def answer(status: int, out: str) -> Any:
     return lambda argv, timeout: (status, out, "it failed" if status else "")
-
-
-def test_utilization_is_by_index_and_without_what_cannot_be_told():
-    assert parse_utilization("0, 87\n1, [N/A]\n2, 0\n") == {"0": 0.87, "2": 0.0}
 
 
 class Journal:
@@ -95,9 +92,76 @@ def test_a_search_that_finds_nothing_is_no_failure():
 
 def test_services_that_run_and_do_not_answer_are_told():
     look = Look(wanted(gateway=True), answer(0, ""))
-    assert look.refused() == ({}, 0)
+    assert look.gateway() == {}
     assert look.agent() == {}
     assert sorted(look.silent) == ["vllm-gateway.service", "vllm-health.service"]
+
+
+STATISTICS = (
+    "# pxname,svname,qcur,scur,wretr,hrsp_5xx,status\nengines,primary,0,8,0,0,UP\nengines,BACKEND,%d,8,0,%d,UP\n"
+)
+
+
+class Gateway:
+    """Stands in for the statistics: an answer for each look, or none; the last one is repeated."""
+
+    def __init__(self, *looks: tuple[int, int] | None) -> None:
+        self.looks = list(looks)
+
+    def __call__(self, service: str, url: str, path: str) -> str:
+        found = self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
+        if found is None:
+            raise ConnectFailed("connection refused")
+        return STATISTICS % found
+
+
+@pytest.mark.parametrize(
+    ("looks", "refused", "queues", "silent", "unknown"),
+    [
+        (((4, 700), (6, 712)), 12, [4, 6], [], 0),
+        # All 5xx since its start are not those of the window.
+        ((None, (6, 712)), None, [6], [], 1),
+        (((4, 700), None), None, [4], ["vllm-gateway.service"], 0),
+        ((None,), None, [], ["vllm-gateway.service"], 0),
+        (((4, 700), (0, 3)), 0, [4, 0], [], 0),  # restarted meanwhile
+    ],
+    ids=["well", "late", "gone", "silent", "restarted"],
+)
+def test_the_gateway_is_watched_and_its_last_look_decides_whether_it_answers(
+    looks: tuple[tuple[int, int] | None, ...],
+    refused: int | None,
+    queues: list[int],
+    silent: list[str],
+    unknown: int,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    look = Look(wanted(gateway=True, window=1e-9), answer(0, ""), sleep=lambda seconds: None)
+    monkeypatch.setattr(look, "asked", Gateway(*looks))
+    seen = look.window([])
+    assert look.refused(seen.gateway) == refused
+    assert [figures["queues"]["primary"] for figures in seen.gateway][-2:] == queues
+    assert sorted(look.silent) == silent
+    assert len(look.unknown) == unknown
+
+
+def test_a_gateway_that_does_not_answer_is_not_waited_for_at_each_look(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def ask(*what: str) -> str:
+        asked.append(what)
+        raise ConnectFailed("no answer within 10 s")
+
+    look = Look(wanted(gateway=True, window=0.2), answer(0, ""))
+    monkeypatch.setattr(look, "asked", ask)
+    look.window([])
+    assert len(asked) == 2
+
+
+def test_an_agent_that_tells_something_else_is_told(monkeypatch: pytest.MonkeyPatch):
+    look = Look(wanted(), answer(0, ""))
+    monkeypatch.setattr(look, "asked", lambda *what: '{"instances": {"primary": {}}}')
+    assert look.agent() == {}
+    assert "wanted the health agent's word on each engine" in look.silent["vllm-health.service"]
 
 
 def test_a_command_that_fails_is_told_and_does_not_end_the_look():
@@ -140,11 +204,17 @@ def test_an_engine_of_no_unit_is_an_orphan(tmp_path: Path):
     assert look.swapped("vllm@primary.service") == 2.0
 
 
-def test_a_gpus_utilization_is_the_mean_of_the_window():
-    gpu = _gpu_info.Gpu("0000:01:00.0", 0, throttle_reasons=["hw_thermal_slowdown"])
-    (found,) = Look.gpus(_gpu_info.Facts([gpu], _gpu_info.Host()), [{"0": 0.2}, {"0": 0.4}, {}])
+def test_a_gpu_is_judged_by_the_whole_window():
+    gpu = _gpu_info.Gpu("0000:01:00.0", 0)
+    # Of hw_slowdown (8) hw_thermal_slowdown (64) is the reason; 1 is idle, 4 the power cap.
+    looks = [(20.0, 1), (40.0, 8 + 64), (None, 64), (30.0, 4 + 128), (None, None)]
+    rows = [{"gpu": 0, "utilization": used, "clock_reasons": bits} for used, bits in looks]
+    (found,) = Look.gpus(_gpu_info.Facts([gpu], _gpu_info.Host()), [*rows, {**rows[1], "gpu": 1}])
     assert round(found["utilization"], 3) == 0.3
-    assert len(found["throttled"]) == 1
+    assert found["throttled"] == [
+        "GPU 0 (0000:01:00.0): in 2 of 5 looks it is too hot (hardware)",
+        "GPU 0 (0000:01:00.0): in 1 of 5 looks the power supply asks for less (power brake)",
+    ]
     assert Look.gpus(None, []) == []
 
 
@@ -166,6 +236,5 @@ def test_what_only_hardware_could_do_is_found_by_the_stand_in_for_nvidia_smi(
     monkeypatch.setenv("NVIDIA_SMI_STATE", state)
     look = Look(wanted(device="cuda"))
     facts = _gpu_info.read(_gpu_info.run_command, 10)
-    samples = [look.utilization(), look.utilization()]
-    observed = Observed([], 1, gpus=Look.gpus(facts, samples), gpu_problem=facts.problem)
+    observed = Observed([], 1, gpus=Look.gpus(facts, look.window([]).gpus), gpu_problem=facts.problem)
     assert [one.name for one in diagnose(observed)] == names
