@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
+from ansible.module_utils.parsing.convert_bool import boolean
 from ansible_collections.nvl.vllm.plugins.module_utils._doctor_prompts import difference
 
 DOCUMENTATION = r"""
@@ -41,11 +42,11 @@ _value:
 """
 
 
-def prompt_difference(text: str, show: bool = False) -> str:
-    """As documented above."""
+def prompt_difference(text: str, show: bool | str = False) -> str:
+    """As documented above. What comes by --extra-vars is a string, and "false" must not show prompts."""
     try:
-        return difference(text, show)
-    except ValueError as error:
+        return difference(text, boolean(show))
+    except (TypeError, ValueError) as error:
         raise AnsibleFilterError(f"prompt_difference: {error}") from error
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from ansible.errors import AnsibleFilterError
+from ansible_collections.nvl.vllm.plugins.filter.prompt_difference import prompt_difference
 from ansible_collections.nvl.vllm.plugins.module_utils._doctor_prompts import difference
 
 GUIDE = ["You are an AI assistant.", "You are an AI assistant.", "You are an AI coding assistant."]
@@ -23,6 +25,18 @@ def test_the_place_is_told_and_the_text_only_where_it_is_allowed():
         "  1: 'You are an AI assistant.'",
         "  3: 'You are an AI coding assistant.'",
     ]
+
+
+@pytest.mark.parametrize(("show", "lines_"), [(True, 3), ("true", 3), (False, 1), ("false", 1), ("no", 1)])
+def test_the_filter_shows_prompts_only_to_those_who_say_so(show: bool | str, lines_: int):
+    assert len(prompt_difference(lines(*GUIDE), show).splitlines()) == lines_
+
+
+def test_the_filter_says_what_it_wants():
+    with pytest.raises(AnsibleFilterError, match="prompt_difference: wanted two prompts or more"):
+        prompt_difference('"one"')
+    with pytest.raises(AnsibleFilterError, match="maybe"):
+        prompt_difference(lines(*GUIDE), "maybe")
 
 
 def test_requests_are_compared_message_by_message():
