@@ -359,6 +359,14 @@ def test_a_request_is_sent_again_in_full_before_the_first_byte(start, behave):
     wait_for(gateway.sent_again)
 
 
+def test_a_request_that_ends_engines_takes_three_of_them_at_most(start):
+    """Each one dies over it without a byte."""
+    gateway = start(names=("one", "two", "three", "four", "five"))
+
+    assert gateway.ask({"behave": dict.fromkeys(gateway.names, "die")}).status == 502
+    assert [process.poll() for name, process in gateway.processes.items() if name in gateway.names].count(None) == 2
+
+
 def test_a_stream_that_is_cut_is_seen_as_cut(start):
     gateway = start()
 
@@ -391,7 +399,8 @@ def test_where_all_answer_503_the_client_has_the_last_one(start):
 
     assert (answer.status, answer.headers["Retry-After"]) == (503, "5")
     assert json.loads(answer.body)["error"]["message"] == f"told so by {answer.engine}"
-    assert [gateway.seen(name)["completions"] for name in gateway.names] == [2, 2]
+    # Each time another one, and no more than twice again.
+    assert sorted(gateway.seen(name)["completions"] for name in gateway.names) == [1, 2]
 
 
 def test_no_engine_is_told_after_the_body(start):
