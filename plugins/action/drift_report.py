@@ -4,32 +4,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
-import json
 import os
 import time
 from typing import Any
 
 from ansible import constants
+from ansible.errors import AnsibleError
 from ansible.plugins.action import ActionBase
 from ansible_collections.nvl.vllm.plugins.module_utils._drift import (
     CLEAN,
     DRIFTED,
-    EXIT_CODES,
     UNKNOWN,
     History,
+    doubt,
     judge,
     last_of,
     look,
     previous_of,
-    refusal,
+    refusals,
     report,
     sentence,
     write,
 )
 from ansible_collections.nvl.vllm.plugins.module_utils._drift_html import page, strips
 from ansible_collections.nvl.vllm.plugins.module_utils._drift_output import prometheus, table
-from ansible_collections.nvl.vllm.plugins.module_utils._drift_record import record_path
+from ansible_collections.nvl.vllm.plugins.module_utils._drift_record import EVENTS
 
 COLOURS = {CLEAN: constants.COLOR_OK, DRIFTED: constants.COLOR_ERROR, UNKNOWN: constants.COLOR_UNREACHABLE}
 NOT_ENABLED = (
@@ -49,37 +50,31 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         _, arguments = self.validate_argument_spec(
             argument_spec={
                 "hosts": {"type": "list", "elements": "str", "required": True},
-                "known_hosts": {"type": "list", "elements": "str", "required": True},
-                "results": {"type": "dict", "required": True},
+                "expected": {"type": "dict", "required": True},
                 "refusals": {"type": "str", "required": True},
-                "roles": {"type": "list", "elements": "str", "required": True},
                 "reviewed": {"type": "list", "elements": "dict", "required": True},
                 "directory": {"type": "path", "required": True},
                 "keep": {"type": "int", "default": 100},
                 "textfile": {"type": "path", "default": ""},
             }
         )
-        events = recorded()
-        hostvars = (task_vars or {})["hostvars"]
+        variables = task_vars or {}
         now = datetime.datetime.now(datetime.timezone.utc)
-        hosts = {name: self._judged(name, events, hostvars[name], arguments, now.date()) for name in arguments["hosts"]}
+        hosts = {name: judged(name, variables["hostvars"][name], arguments, now.date()) for name in arguments["hosts"]}
         history = History(os.path.abspath(arguments["directory"]))
         reports = list(history.reports())
-        began = [event["time"] for event in events or () if event["event"] == "play"]
+        began = [event["time"] for event in EVENTS if event["event"] == "play"]
         made = report(
             hosts,
             previous_of(reports, hosts),
             now.strftime("%Y-%m-%dT%H:%M:%SZ"),
             round(time.time() - began[0], 1) if began else None,
         )
-        problem = keep(history, made, reports, arguments)
-        if problem:
-            made.update(verdict=UNKNOWN, exit_code=EXIT_CODES[UNKNOWN])
-            for host in made["hosts"].values():
-                host.update(verdict=UNKNOWN, unknown=[*host["unknown"], problem])
+        known = {name for group in arguments["expected"] for name in variables["groups"].get(group, ())}
+        kept = keep(history, made, reports, known, arguments)
         for line, verdict in table(made):
             self._display.display(line, color=COLOURS.get(verdict))
-        if not problem:
+        if kept:
             self._display.display(f"Report   {history.latest('html')}")
         verdicts = {
             name: {"verdict": host["verdict"], "sentence": sentence(host)} for name, host in made["hosts"].items()
@@ -87,47 +82,57 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         result.update(changed=False, verdict=made["verdict"], hosts=verdicts, json=history.latest("json"))
         return result
 
-    def _judged(
-        self,
-        name: str,
-        events: list[dict[str, Any]] | None,
-        variables: Any,
-        arguments: dict[str, Any],
-        today: datetime.date,
-    ) -> dict[str, Any]:
-        """What is known about one host, with its verdict."""
-        if events is None:
-            return judge(name, [], [NOT_ENABLED], {}, today)
-        own = [event for event in events if event.get("host") == name]
-        results = {module: variables.get(register) for module, register in arguments["results"].items()}
-        findings, unknown, facts = look(name, own, results, arguments["reviewed"], arguments["roles"])
-        refusals = variables.get(arguments["refusals"])
-        if refusals:
-            findings.append(refusal(refusals))
-        settings = {key: variables.get(f"vllm_drift_{key}") for key in ("accepted", "severities")}
-        return {**judge(name, findings, unknown, settings, today), "facts": facts}
+
+def judged(name: str, variables: Any, arguments: dict[str, Any], today: datetime.date) -> dict[str, Any]:
+    """What is known about one host, with its verdict."""
+    if not EVENTS:
+        return {**judge(name, [], [NOT_ENABLED], {}, today), "facts": {}}
+    # What was lost before a host was known may be any host's.
+    own = [event for event in EVENTS if event.get("host") in (name, "")]
+    parts = [part for group, part in arguments["expected"].items() if group in variables["group_names"]]
+    roles = [role for part in parts for role in part["roles"]]
+    results = {module: variables.get(register) for part in parts for module, register in part["results"].items()}
+    findings, unknown, facts = look(name, own, results, arguments["reviewed"], roles)
+    findings += refusals(variables.get(arguments["refusals"]) or {})
+    settings = {}
+    for key in ("accepted", "severities"):
+        try:
+            settings[key] = variables.get(f"vllm_drift_{key}")
+        except AnsibleError as error:
+            unknown.append(f"vllm_drift_{key} cannot be read: {error}")
+    return {**judge(name, findings, unknown, settings, today), "facts": facts}
 
 
-def recorded() -> list[dict[str, Any]] | None:
-    """What the callback wrote in this run; None where it did not run."""
+def keep(
+    history: History, made: dict[str, Any], reports: list[dict[str, Any]], known: set[str], arguments: dict[str, Any]
+) -> bool:
+    """Write the report, and the text file for Prometheus where one is wanted; returns whether there is a report.
+
+    What cannot be written makes the report unknown, and what is written after it tells so.
+    """
+
+    def tell_prometheus() -> None:
+        if arguments["textfile"]:
+            # A run with --limit looks at some hosts, and the file tells of all.
+            write({arguments["textfile"]: prometheus(last_of([made, *reports], known))}, mode=0o644)
+
     try:
-        with open(record_path(constants.DEFAULT_LOCAL_TMP), encoding="utf-8") as stream:
-            return [json.loads(line) for line in stream]
-    except FileNotFoundError:
-        return None
-
-
-def keep(history: History, made: dict[str, Any], reports: list[dict[str, Any]], arguments: dict[str, Any]) -> str:
-    """Write the report, and the text file for Prometheus where one is wanted; returns what is wrong, else nothing."""
-    # A run with --limit looks at some hosts, and the files tell of all.
-    latest = last_of([made, *reports], arguments["known_hosts"])
+        tell_prometheus()
+    except OSError as error:
+        doubt(
+            made,
+            f"the text file for Prometheus cannot be written: {error}; the directory of vllm_drift_textfile must be "
+            "there, and belong to the user who runs ansible-playbook",
+        )
     try:
         history.save(made, page(made, strips([made, *reports])), arguments["keep"])
-        if arguments["textfile"]:
-            write(arguments["textfile"], prometheus(latest), mode=0o644)
     except OSError as error:
-        return (
-            f"the report cannot be kept: {error}; vllm_drift_directory and the directory of vllm_drift_textfile must "
-            f"belong to the user who runs ansible-playbook"
+        doubt(
+            made,
+            f"the report cannot be kept: {error}; vllm_drift_directory must belong to the user who runs "
+            "ansible-playbook, and there must be room",
         )
-    return ""
+        with contextlib.suppress(OSError):
+            tell_prometheus()
+        return False
+    return True

@@ -7,6 +7,7 @@ Everything here is plain data in, plain data out, except :class:`History`, which
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import fnmatch
 import json
@@ -114,22 +115,28 @@ def finding_of(event: Mapping[str, Any]) -> dict[str, Any]:
     return finding
 
 
-def refusal(sentences: Sequence[str]) -> dict[str, Any]:
-    """The finding that the preflight's objections make."""
+def refusals(objections: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """The findings that the objections of roles make, one for each role, by its name."""
     known = KINDS["deploy_refused"]
-    return {
-        "kind": "deploy_refused",
-        "severity": known.severity,
-        "source": "runtime",
-        "where": "preflight",
-        "found": "; ".join(sentences),
-        "wanted": "nothing that the preflight objects to",
-        "remedy": known.remedy,
-    }
+    return [
+        {
+            "kind": "deploy_refused",
+            "severity": known.severity,
+            "source": "configuration",
+            "where": role,
+            "found": "; ".join(dict.fromkeys(sentences)),
+            "wanted": f"nothing that role {role} objects to",
+            "remedy": known.remedy,
+        }
+        for role, sentences in objections.items()
+        if sentences
+    ]
 
 
-def severity_errors(severities: Mapping[str, Any]) -> list[str]:
+def severity_errors(severities: Any) -> list[str]:
     """What is wrong with ``vllm_drift_severities``, one sentence each."""
+    if not isinstance(severities, Mapping):
+        return [f"vllm_drift_severities is {severities}: wanted severities by kind, such as unit_restarts: note"]
     errors = []
     for kind, severity in severities.items():
         if kind not in KINDS:
@@ -139,8 +146,10 @@ def severity_errors(severities: Mapping[str, Any]) -> list[str]:
     return errors
 
 
-def accepted_errors(accepted: Iterable[Any]) -> list[str]:
+def accepted_errors(accepted: Any) -> list[str]:
     """What is wrong with ``vllm_drift_accepted``, one sentence each. What is wrong accepts nothing."""
+    if not isinstance(accepted, list):
+        return [f"vllm_drift_accepted is {accepted}: wanted a list of exceptions"]
     return [error for number, entry in enumerate(accepted) for error in _entry_errors(number, entry)]
 
 
@@ -153,10 +162,10 @@ def _entry_errors(number: int, entry: Any) -> list[str]:
         for key in ("kind", "reason", "until")
         if not str(entry.get(key) or "").strip()
     ]
-    unknown = sorted(set(entry) - {"host", "kind", "where", "reason", "until"})
+    unknown = sorted(map(str, set(entry) - {"host", "kind", "where", "reason", "until"}))
     errors += [f"{name} has {key}: wanted host, kind, where, reason and until only" for key in unknown]
     kind = entry.get("kind")
-    if kind and kind not in KINDS:
+    if kind and str(kind) not in KINDS:
         errors.append(f"{name} has kind {kind}, which is no kind of drift: docs/drift.md lists them")
     if entry.get("until") and _date(entry["until"]) is None:
         errors.append(f"{name} has until {entry['until']}: wanted a date such as 2026-12-31")
@@ -165,6 +174,8 @@ def _entry_errors(number: int, entry: Any) -> list[str]:
 
 def _date(value: Any) -> datetime.date | None:
     """A date that YAML has read as one, or as text."""
+    if isinstance(value, datetime.datetime):
+        return value.date()
     if isinstance(value, datetime.date):
         return value
     try:
@@ -222,15 +233,16 @@ def look(
     ``events`` are those of the callback for this host, ``results`` the results of the modules that ran on it, by name.
     A host that was not reached has one sentence, as all others would follow from it.
     """
+    findings = [finding_of(event) for event in events if event["event"] == "changed"]
+    lost = [
+        f'role {event["role"]}: what task "{event["task"]}" told could not be noted: {event["message"]}'
+        for event in events
+        if event["event"] == "lost"
+    ]
     unreachable = [event["message"] for event in events if event["event"] == "unreachable"]
     if unreachable:
-        return (
-            [finding_of(event) for event in events if event["event"] == "changed"],
-            [f"not reached: {unreachable[0]}"],
-            {},
-        )
-    findings = [finding_of(event) for event in events if event["event"] == "changed"]
-    unknown = [
+        return findings, [f"not reached: {unreachable[0]}", *lost], {}
+    unknown = lost + [
         f'role {event["role"]}: task "{event["task"]}" failed: {event["message"]}'
         for event in events
         if event["event"] == "failed"
@@ -255,6 +267,23 @@ def look(
     return findings, list(dict.fromkeys(unknown)), facts
 
 
+#: Kinds that say no more than others which are found with them: at the same place, and of the host.
+_SAME_PLACE = {"unit_changed": ("unit_not_active", "unit_not_enabled")}
+_SAME_HOST = {"gpu_settings_changed": ("gpu_setting",)}
+
+
+def told_once(findings: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The findings without those that tell what another one tells more exactly."""
+    places = {identity(finding) for finding in findings}
+    kinds = {finding["kind"] for finding in findings}
+    return [
+        finding
+        for finding in findings
+        if not any((kind, finding["where"]) in places for kind in _SAME_PLACE.get(finding["kind"], ()))
+        and kinds.isdisjoint(_SAME_HOST.get(finding["kind"], ()))
+    ]
+
+
 def judge(
     host: str,
     findings: Iterable[Mapping[str, Any]],
@@ -268,8 +297,10 @@ def judge(
     """
     accepted, severities = settings.get("accepted") or [], settings.get("severities") or {}
     unknown = [*unknown, *accepted_errors(accepted), *severity_errors(severities)]
+    accepted = accepted if isinstance(accepted, list) else []
+    severities = severities if isinstance(severities, Mapping) else {}
     judged: dict[tuple[str, str], dict[str, Any]] = {}
-    for found in findings:
+    for found in told_once(list(findings)):
         finding = dict(found)
         severity = severities.get(finding["kind"])
         if severity in SEVERITIES:
@@ -337,7 +368,32 @@ def sentence(host: Mapping[str, Any]) -> str:
     return f"drifted: {first}" + (f" (and {len(drifted) - 1} more)" if len(drifted) > 1 else "")
 
 
+def doubt(report: dict[str, Any], sentence: str) -> None:
+    """Makes a report, and each host in it, unknown for this reason."""
+    report.update(verdict=UNKNOWN, exit_code=EXIT_CODES[UNKNOWN])
+    for host in report["hosts"].values():
+        host.update(verdict=UNKNOWN, unknown=[*host["unknown"], sentence])
+
+
 _NAME = re.compile(r"\d{8}T\d{6}Z(?:-\d+)?\.json")
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
+_TEXTS = ("kind", "where", "source", "since")
+
+
+def _whole(host: Any) -> bool:
+    """Whether a host of an earlier report has what is read of it later on."""
+    return (
+        isinstance(host, dict)
+        and host.get("verdict") in VERDICTS
+        and isinstance(host.get("findings"), list)
+        and all(
+            isinstance(finding, dict)
+            and all(isinstance(finding.get(key), str) for key in _TEXTS)
+            and finding.get("severity") in SEVERITIES
+            and "accepted" in finding
+            for finding in host["findings"]
+        )
+    )
 
 
 class History:
@@ -356,20 +412,25 @@ class History:
         return sorted(found, key=_age, reverse=True)
 
     def reports(self) -> Iterator[dict[str, Any]]:
-        """The reports, the newest first. One that is damaged, or of another schema, is passed over."""
+        """The reports, the newest first. What is damaged, or of another schema, is passed over."""
         for name in self.names():
             try:
                 with open(os.path.join(self.folder, name), encoding="utf-8") as stream:
                     found = json.load(stream)
             except (OSError, ValueError):
                 continue
-            if isinstance(found, dict) and found.get("schema") == SCHEMA and isinstance(found.get("hosts"), dict):
-                yield found
+            if (
+                isinstance(found, dict)
+                and found.get("schema") == SCHEMA
+                and isinstance(found.get("hosts"), dict)
+                and _TIME.fullmatch(str(found.get("time")))
+            ):
+                yield {**found, "hosts": {name: host for name, host in found["hosts"].items() if _whole(host)}}
 
     def save(self, report: Mapping[str, Any], html: str, keep: int) -> str:
         """Write the report to the history and as latest.json and latest.html; returns the path in the history.
 
-        Raises OSError where the directory cannot be written.
+        Raises OSError where the directory cannot be written. What is there is as before then.
         """
         os.makedirs(self.folder, mode=0o700, exist_ok=True)
         text = json.dumps(report, indent=2, sort_keys=True) + "\n"
@@ -380,10 +441,11 @@ class History:
             number += 1
             name = f"{stem}-{number}.json"
         path = os.path.join(self.folder, name)
-        for target, content in ((path, text), (self.latest("json"), text), (self.latest("html"), html)):
-            write(target, content)
-        for old in self.names()[max(keep, 1) :]:
-            os.remove(os.path.join(self.folder, old))
+        for old in self.names()[max(keep, 1) - 1 :]:
+            # Another run may be at it, too.
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(self.folder, old))
+        write({path: text, self.latest("json"): text, self.latest("html"): html})
         return path
 
     def latest(self, suffix: str) -> str:
@@ -423,16 +485,22 @@ def last_of(reports: Iterable[Mapping[str, Any]], names: Iterable[str]) -> dict[
     return found
 
 
-def write(path: str, text: str, mode: int = 0o600) -> None:
-    """Replace a file in one step. Raises OSError."""
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".drift.")
+def write(texts: Mapping[str, str], mode: int = 0o600) -> None:
+    """Replace files, by path, each in one step and none before all are on the disk. Raises OSError."""
+    written: dict[str, str] = {}
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
+        for path, text in texts.items():
+            handle, written[path] = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".drift.")
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(written[path], mode)
+        for path, temporary in written.items():
+            os.replace(temporary, path)
     except OSError:
-        os.unlink(temporary)
+        for temporary in written.values():
+            # Some are in their place already.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
         raise

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+#: What the callback has noted in this run. In memory, as a disk can be full: each task runs in a fork of the process
+#: that the callback is in, so the report has all of what was noted before it.
+EVENTS: list[dict[str, Any]] = []
 HIDDEN = "********"
 #: Lines of a difference around a changed line, and at most in a finding.
 CONTEXT = 2
@@ -34,11 +36,6 @@ _PEM_END = re.compile(r"-----END [A-Z0-9 ]*(?:PRIVATE KEY|CERTIFICATE)")
 #: A line of nothing but base64 or hexadecimal digits.
 _ENCODED = re.compile(r"^\s*[A-Za-z0-9+/_-]{40,}={0,2}\s*$")
 _BLOCK = re.compile(r"^[|>][+-]?\d*\s*$")
-
-
-def record_path(directory: str) -> str:
-    """Where the callback writes and the report reads, in Ansible's temporary directory of the run."""
-    return os.path.join(directory, "nvl-vllm-drift.jsonl")
 
 
 def masked(text: str) -> list[str]:

@@ -24,24 +24,16 @@ options:
     type: list
     elements: str
     required: true
-  known_hosts:
+  expected:
     description:
-      - Names of all hosts of the inventory. Those that were not looked at now keep their last state in O(textfile).
-    type: list
-    elements: str
-    required: true
-  results:
-    description: For each module that looks at hosts, the variable in which its result was registered.
+      - For each group what must have been looked at on its hosts. C(roles) names the roles, C(results) has for each
+        module that looks at hosts the variable in which its result was registered.
+      - Hosts of these groups that were not looked at now keep their last state in O(textfile).
     type: dict
     required: true
   refusals:
-    description: The variable that holds the preflight's objections, a list of sentences.
+    description: The variable that holds the objections of roles to a deploy, as a list of sentences for each role.
     type: str
-    required: true
-  roles:
-    description: Names of the roles that must have been looked at on each host.
-    type: list
-    elements: str
     required: true
   reviewed:
     description: Tasks that check mode may leave out.
@@ -94,11 +86,12 @@ EXAMPLES = r"""
 - name: Judge all hosts, and show and keep the report (on the controller)
   nvl.vllm.drift_report:
     hosts: "{{ ansible_play_hosts_all }}"
-    known_hosts: "{{ groups['vllm'] }}"
-    results:
-      nvl.vllm.drift_facts: __vllm_drift_facts
+    expected:
+      vllm:
+        roles: [vllm, vllm_instances]
+        results:
+          nvl.vllm.drift_facts: __vllm_drift_facts
     refusals: objections
-    roles: [vllm, vllm_instances]
     reviewed: []
     directory: .drift
   run_once: true

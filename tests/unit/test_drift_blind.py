@@ -17,6 +17,7 @@ from ansible_collections.nvl.vllm.plugins.module_utils._drift_record import star
 ROOT = Path(__file__).parents[2]
 VARIABLES = yaml.safe_load((ROOT / "roles/vllm_drift/vars/main.yml").read_text())
 REVIEWED = VARIABLES["__vllm_drift_blind"]
+EXPECTED = {group: part["roles"] for group, part in VARIABLES["__vllm_drift_expected"].items()}
 PREFIX = "nvl.vllm."
 BLOCKS = ("block", "rescue", "always")
 INCLUDES = ("ansible.builtin.include_tasks", "ansible.builtin.import_tasks")
@@ -95,7 +96,7 @@ def walk(role: str, tasks: list[dict[str, Any]], inherited: tuple[str, ...]) -> 
 
 
 def test_every_blind_task_is_reviewed_and_every_reviewed_one_is_blind():
-    roles = [*VARIABLES["__vllm_drift_roles"], "vllm_declaration", "gpu_preflight", "vllm_drift"]
+    roles = [*EXPECTED["vllm"], "vllm_declaration", "gpu_preflight", "vllm_drift"]
     found = {one for role in roles for one in blind(role)}
     reviewed = [(entry["role"], task) for entry in REVIEWED for task in entry["tasks"]]
     assert sorted(set(reviewed)) == sorted(reviewed), "a task is listed twice"
@@ -110,7 +111,7 @@ def test_the_roles_that_are_expected_are_those_of_the_playbook():
         for block in plays[0]["tasks"]
         for task in block.get("block", [])
     ]
-    assert named == [*VARIABLES["__vllm_drift_roles"], "vllm_drift"]
+    assert named == [*EXPECTED["vllm"], "vllm_drift"]
 
 
 def test_the_playbook_looks_at_every_role_that_site_yml_lets_write():
@@ -119,7 +120,7 @@ def test_the_playbook_looks_at_every_role_that_site_yml_lets_write():
     deployed = [role for play in plays for role in play.get("roles", []) if isinstance(role, str)]
     # The first changes nothing, the last two look at what runs and make room.
     left_out = {f"{PREFIX}{name}" for name in ("gpu_preflight", "vllm_verify", "vllm_cleanup")}
-    assert {f"{PREFIX}{name}" for name in VARIABLES["__vllm_drift_roles"]} == set(deployed) - left_out
+    assert {f"{PREFIX}{name}" for name in EXPECTED["vllm"]} == set(deployed) - left_out
 
 
 @pytest.mark.parametrize(

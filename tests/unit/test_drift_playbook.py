@@ -82,9 +82,29 @@ ROLES = {
   ansible.builtin.set_fact:
     __vllm_drift_facts: {findings: [], unknown: [], facts: {uptime: 5}}
     __vllm_drift_content: {findings: [], unknown: [], facts: {}}
-    __vllm_drift_refusals: "{{ ['the disk is full'] if inventory_hostname == 'refused' else [] }}"
+    __vllm_drift_refusals: {gpu_preflight: "{{ ['the disk is full'] if inventory_hostname == 'refused' else [] }}"}
 """,
 }
+
+
+#: A callback beside the playbook, which lets a part of the drift callback fail.
+BREAKER = """
+import errno
+
+from ansible.plugins.callback import CallbackBase
+from ansible_collections.nvl.vllm.plugins.callback import drift
+
+
+def fail(*arguments, **named):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class CallbackModule(CallbackBase):
+    CALLBACK_NAME = "breaker"
+
+    def v2_playbook_on_start(self, playbook):
+        drift.%s = fail
+"""
 
 
 @pytest.fixture
@@ -275,3 +295,97 @@ def test_a_report_that_cannot_be_kept_is_not_clean(project):
     assert done.returncode == 4
     assert "the report cannot be kept" in done.stdout
     assert "Verdict  unknown" in done.stdout
+
+
+def break_callback(project: Path, name: str) -> None:
+    (project / "callback_plugins").mkdir()
+    (project / "callback_plugins/breaker.py").write_text(BREAKER % name)
+
+
+def test_what_the_callback_cannot_note_is_unknown(project):
+    """Ansible makes a warning of an error in a callback, and the drift that it was about would be lost."""
+    break_callback(project, "changes")
+    done = run(project, "clean,drifted")
+    assert done.returncode == 4, done.stdout + done.stderr
+    hosts = latest(project)["hosts"]
+    assert hosts["clean"]["verdict"] == "clean"
+    assert hosts["drifted"]["verdict"] == "unknown"
+    assert (
+        'role vllm: what task "Write the settings" told could not be noted: OSError: [Errno 28] No space left on device'
+        in hosts["drifted"]["unknown"]
+    )
+
+
+def test_a_look_that_cannot_even_begin_is_unknown(project):
+    break_callback(project, "load_options_vars")
+    done = run(project, "clean")
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert "No space left on device" in latest(project)["hosts"]["clean"]["unknown"][0]
+
+
+@pytest.mark.parametrize("arguments", [["--skip-tags", "always"], ["--tags", "x", "--skip-tags", "always"]])
+def test_a_run_without_a_verdict_is_not_taken_for_clean(project, arguments):
+    done = run(project, "clean", *arguments)
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert "Verdict  unknown: no host was judged" in done.stdout
+    assert not (project / ".drift").exists()
+
+
+def test_an_inventory_without_the_hosts_is_not_taken_for_clean(project):
+    (project / "hosts.yml").write_text("all: {hosts: {other: {ansible_connection: local}}}")
+    done = run(project, "all")
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert "Verdict  unknown: no host was judged" in done.stdout
+
+
+def test_a_verdict_without_a_report_is_unknown(project):
+    done = run(project, "clean,other", "--start-at-task", "The verdict of each host")
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert "no report was made" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        ("vllm_drift_keep", "many", "there is no report: "),
+        ("vllm_drift_directory", "{{ nowhere }}", "there is no report: "),
+        ("vllm_drift_severities", ["warning"], "vllm_drift_severities is ['warning']: wanted severities by kind"),
+        ("vllm_drift_accepted", "all", "vllm_drift_accepted is all: wanted a list"),
+        ("vllm_drift_accepted", "{{ nowhere }}", "vllm_drift_accepted cannot be read: "),
+        ("vllm_drift_accepted", [{"kind": ["a"], "reason": "{{ nowhere }}"}], "vllm_drift_accepted cannot be read: "),
+    ],
+)
+def test_settings_that_make_no_sense_are_unknown_and_say_so(project, variable, value, told):
+    done = run(project, "clean,drifted", "-e", json.dumps({variable: value}))
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert told in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_damaged_history_is_passed_over(project):
+    assert run(project, "clean,drifted").returncode == 2
+    (kept,) = (project / ".drift/history").iterdir()
+    report = json.loads(kept.read_text())
+    del report["hosts"]["drifted"]["findings"]
+    kept.write_text(json.dumps(report))
+    done = run(project, "clean,drifted")
+    assert done.returncode == 2, done.stdout + done.stderr
+    hosts = latest(project)["hosts"]
+    assert hosts["drifted"]["compared_with"] is None
+    assert hosts["clean"]["compared_with"] == report["time"]
+
+
+def test_a_text_file_that_cannot_be_written_and_the_report_agree(project):
+    done = run(project, "clean", "-e", "vllm_drift_textfile=/nowhere/drift.prom")
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert latest(project)["verdict"] == "unknown"
+    (told,) = latest(project)["hosts"]["clean"]["unknown"]
+    assert told.startswith("the text file for Prometheus cannot be written: ")
+
+
+def test_where_no_report_can_be_kept_the_text_file_says_so(project):
+    (project / "file").write_text("")
+    textfile = project / "drift.prom"
+    done = run(project, "clean", "-e", f"vllm_drift_directory=file/below vllm_drift_textfile={textfile}")
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert 'drift_check_failed{host="clean"} 1' in textfile.read_text()

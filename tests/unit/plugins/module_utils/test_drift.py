@@ -333,17 +333,65 @@ def test_a_host_is_compared_with_its_last_whole_look():
     }
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+def test_files_are_replaced_all_together_or_not_at_all(tmp_path):
     target = tmp_path / "x"
     target.write_text("old")
     target.chmod(0o600)
-    drift.write(str(target), "new", mode=0o644)
+    drift.write({str(target): "new"}, mode=0o644)
     assert target.read_text() == "new"
     assert stat.S_IMODE(target.stat().st_mode) == 0o644
-    (tmp_path / "directory").mkdir()
-    with pytest.raises(OSError, match="directory"):
-        drift.write(str(tmp_path / "directory"), "text")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["directory", "x"]
+    with pytest.raises(OSError, match="No such file"):
+        drift.write({str(target): "newer", str(tmp_path / "nowhere/x"): "newer"})
+    assert target.read_text() == "new"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_one_fact_is_told_once():
+    units = [finding("unit_changed", f"{name}.service") for name in "abc"]
+    exact = [finding("unit_not_active", "a.service", "critical"), finding("unit_not_enabled", "b.service")]
+    gpus = [finding("gpu_settings_changed", "cuda: Set"), finding("gpu_setting", "GPU 0 mig")]
+    kept = judged([*units, *exact, *gpus])["findings"]
+    assert sorted(map(drift.identity, kept)) == sorted(map(drift.identity, [units[2], *exact, gpus[1]]))
+    assert len(judged(gpus[:1])["findings"]) == 1
+
+
+def test_each_role_that_refuses_is_a_finding():
+    found = drift.refusals({"gpu_preflight": ["no room", "no room"], "cuda": []})
+    assert [(one["kind"], one["where"], one["found"]) for one in found] == [
+        ("deploy_refused", "gpu_preflight", "no room")
+    ]
+
+
+@pytest.mark.parametrize("value", ["all", {"kind": "file_changed"}, 3])
+def test_exceptions_that_are_no_list_are_told(value):
+    assert drift.accepted_errors(value) == [f"vllm_drift_accepted is {value}: wanted a list of exceptions"]
+    assert judged([finding()], accepted=value)["verdict"] == "unknown"
+
+
+def test_an_exception_of_odd_types_is_told_and_breaks_nothing():
+    odd = {"kind": ["file_changed"], "reason": 1, "until": datetime.datetime(2026, 6, 15, 10), 5: "x"}
+    assert len(drift.accepted_errors([odd])) == 2
+    assert judged([finding()], accepted=[exception(until=odd["until"])])["verdict"] == "clean"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda host: host.pop("findings"),
+        lambda host: host.update(verdict="well"),
+        lambda host: host.update(findings=["x"]),
+        lambda host: host["findings"][0].pop("since"),
+        lambda host: host["findings"][0].update(severity="bad"),
+    ],
+)
+def test_a_damaged_host_of_the_history_is_passed_over(tmp_path, damage):
+    history = drift.History(str(tmp_path))
+    hosts = {name: {**judged([finding()]), "facts": {}} for name in ("a", "b")}
+    made = drift.report(hosts, {}, TIME, 1.0)
+    damage(made["hosts"]["b"])
+    history.save(made, "", 5)
+    (kept,) = history.reports()
+    assert list(kept["hosts"]) == ["a"]
 
 
 @pytest.mark.parametrize("kind", drift.KINDS)
