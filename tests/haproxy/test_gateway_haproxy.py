@@ -497,6 +497,24 @@ def test_tokens_are_not_held_up(start):
     assert min(through for through, _ in rounds) - min(direct for _, direct in rounds) < 0.001
 
 
+def test_a_short_request_takes_a_whole_buffer(start):
+    """So the figure in the configuration counts buffers, and not bytes."""
+    gateway = start(arguments={"max-model-len": 131_072, "max-num-seqs": 20})
+
+    def resident() -> int:
+        text = Path(f"/proc/{gateway.helper.worker()}/smaps_rollup").read_text()
+        return 1024 * int(re.search(r"^Rss:\s+(\d+) kB", text, re.MULTILINE)[1])
+
+    before = resident()
+    with ThreadPoolExecutor(40) as pool:
+        answers = [pool.submit(gateway.ask, {"pause": 2}) for _ in range(40)]
+        wait_for(lambda: sum(gateway.seen(name)["under_way"] for name in gateway.names) == 40)
+        taken = (resident() - before) / 40
+        assert {answer.result().status for answer in answers} == {200}
+
+    assert 0.8 < taken / gateway.plan.bufsize < 2
+
+
 def test_a_full_queue_is_told_at_once(start):
     gateway = start(names=("primary",), arguments={"max-num-seqs": 1, "max-num-queued-reqs": 2}, queue=1)
 

@@ -190,9 +190,10 @@ def test_every_number_has_its_reason():
     made = plan()
 
     wanted = {f"timeout {name}" for name in made.timeouts} | {f"server {server.name}" for server in made.servers}
-    assert wanted | {"bufsize", "body_limit", "maxconn", "queue"} == set(made.reasons)
+    assert wanted | {"bufsize", "body_limit", "maxconn", "memory", "queue"} == set(made.reasons)
     assert "max-model-len 4096 x 6 bytes a token x 2 for JSON's escapes = 49152 bytes" in made.reasons["bufsize"]
-    assert "128 KiB x 2 x 274 = 68 MiB" in made.reasons["maxconn"]
+    assert "128 KiB x 18 = 2 MiB while the engines are full" in made.reasons["memory"]
+    assert "128 KiB x 2 x 274 = 68 MiB" in made.reasons["memory"]
     # They become comments, where a line end would begin a setting.
     assert [reason for reason in made.reasons.values() if "\n" in reason] == []
 
