@@ -41,8 +41,7 @@ SLOWEST_UPLOAD, UPLOAD_START = 128 * 1024, 10
 #: Connections that ask for nothing at the moment, beside those with a request.
 IDLE_CONNECTIONS = 100
 CONNECT_TIMEOUT, CHECK_TIMEOUT, KEEP_ALIVE = 2, 5, 30
-#: Ports on the loopback address that belong to the gateway and to the health agent.
-RESERVED_PORTS = {8403: "the health agent", 8404: "the gateway's statistics", 8405: "the health agent's metrics"}
+STATISTICS_PORT = 8404  # on the loopback address
 #: Key name in the log where clients use vllm_api_key itself.
 SHARED_KEY = "vllm_api_key"
 AFFINITIES = ("none", "session")
@@ -152,9 +151,9 @@ class _Planner:
         )
         # Measured with HAProxy 2.6 and 3.0: 100 requests of 80 bytes at an engine took 2 MiB each, with such a buffer.
         self.reasons["memory"] = (
-            "A request at an engine takes a buffer however short it is, as HAProxy copies all of it to have the request "
-            f"for another engine: {_mib(bufsize)} x {slots} = {_mib(bufsize * slots)} while the engines are full. One "
-            "in the queue takes what its body has. At worst, with the largest body in every request, it is "
+            "A request at an engine takes a buffer however short it is, as HAProxy copies all of it, to have it for "
+            f"another engine: {_mib(bufsize)} x {slots} = {_mib(bufsize * slots)} while the engines are full. One in the "
+            "queue takes what its body has. At worst, with the largest body in every request, it is "
             f"{_mib(bufsize)} x 2 x {requests} = {_mib(memory)}. Too much for this host? Lower max-num-seqs, "
             "vllm_gateway_queue or vllm_gateway_body_limit."
         )
@@ -196,7 +195,7 @@ class _Planner:
             if choice not in choices:
                 self.refuse(f"vllm_gateway_{name}", choice, f"wanted one of {', '.join(choices)}")
         taken = {int(urlsplit(str(item["url"])).port or 80): f"engine {item['name']}" for item in self.instances}
-        owner = {**RESERVED_PORTS, **taken}.get(wanted.port)
+        owner = {STATISTICS_PORT: "the gateway's statistics", **taken}.get(wanted.port)
         if owner:
             self.refuse("vllm_gateway_port", wanted.port, f"it belongs to {owner}: set another port, such as 8000")
         if wanted.tls == "files":

@@ -152,10 +152,20 @@ def test_a_stop_by_hand_leaves_the_gateway_first(host: Host, api_key: str) -> No
     assert not host.file("/run/nvl-vllm/drain/secondary").exists
 
 
-def test_a_refused_variable_changes_nothing(host: Host) -> None:
-    refused = site(vllm_gateway_queue=0)
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"vllm_gateway_queue": 0}, "vllm_gateway_queue is 0: wanted a whole number from 1 to 100000"),
+        (
+            {"vllm_gateway_port": 8499, "vllm_health_agent_port": 8499},
+            "vllm_gateway_port is 8499: it is vllm_health_agent_port, too",
+        ),
+    ],
+)
+def test_a_refused_variable_changes_nothing(host: Host, variables: dict[str, int], message: str) -> None:
+    refused = site(**variables)
     assert refused.returncode != 0
-    assert "molecule: vllm_gateway_queue is 0: wanted a whole number from 1 to 100000" in refused.stdout
+    assert f"molecule: {message}" in refused.stdout
     assert "changed=0" in refused.stdout
 
 
