@@ -152,8 +152,8 @@ class _Planner:
         # Measured with HAProxy 2.6 and 3.0: 100 requests of 80 bytes at an engine took 2 MiB each, with such a buffer.
         self.reasons["memory"] = (
             "A request at an engine takes a buffer however short it is, as HAProxy copies all of it, to have it for "
-            f"another engine: {_mib(bufsize)} x {slots} = {_mib(bufsize * slots)} while the engines are full. One in the "
-            "queue takes what its body has. At worst, with the largest body in every request, it is "
+            f"another engine: {_mib(bufsize)} x {slots} = {_mib(bufsize * slots)} while the engines are full. One in "
+            "the queue takes what its body has. At worst, with the largest body in every request, it is "
             f"{_mib(bufsize)} x 2 x {requests} = {_mib(memory)}. Too much for this host? Lower max-num-seqs, "
             "vllm_gateway_queue or vllm_gateway_body_limit."
         )
