@@ -27,8 +27,9 @@ LONGEST_MESSAGE = 2000
 _NAMES = r"(?:keys?|token|password|passwd|passphrase|secret|credentials?|authorization)"
 #: NAME: value, NAME=value and "NAME": "value", where the name ends in one of the words.
 _ASSIGNED = re.compile(rf"(?i)^(.*?[\w.-]*{_NAMES}[\"']?\s*[:=]\s*)(.*)$")
-_OPTION = re.compile(rf"(?i)(--[\w-]*{_NAMES}(?:=|\s+))(?:\"[^\"]*\"|'[^']*'|\S+)")
-_SCHEME = re.compile(r"(?i)\b(authorization[\"']?\s+[\"']?\w*|bearer|basic)(\s+)[^\s\"']+")
+#: A word of a shell or a unit: quotes may stand within it, and escaped ones within those.
+_OPTION = re.compile(rf"(?i)(--[\w-]*{_NAMES}(?:=|\s+))(?:\"(?:\\.|[^\"\\])*\"|'[^']*'|\\.|\S)+")
+_SCHEME = re.compile(r"(?i)\b(authorization[\"']?\s+[\"']?\w*|bearer|basic)(\s+)(?:\\.|[^\s\"']|[\"'](?=\w))+")
 _USERINFO = re.compile(r"(://)[^/\s:@]*:[^/\s@]+@")
 _PREFIXED = re.compile(r"\b(?:sk|hf|nvapi|gh[opsu]|glpat|xox[abp])[-_][A-Za-z0-9_-]{8,}")
 _PEM_BEGIN = re.compile(r"-----BEGIN [A-Z0-9 ]*(?:PRIVATE KEY|CERTIFICATE)")
