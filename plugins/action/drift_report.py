@@ -26,6 +26,7 @@ from ansible_collections.nvl.vllm.plugins.module_utils._drift import (
     refusals,
     report,
     sentence,
+    turn_of,
     write,
 )
 from ansible_collections.nvl.vllm.plugins.module_utils._drift_html import page, strips
@@ -63,6 +64,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         hosts = {name: judged(name, variables["hostvars"][name], arguments, now.date()) for name in arguments["hosts"]}
         history = History(os.path.abspath(arguments["directory"]))
         reports = list(history.reports())
+        for name, host in hosts.items():
+            # What was not reached was not read, and its part is still to come.
+            host["turn"] = turn_of(reports, name) + bool(host["facts"])
         began = [event["time"] for event in EVENTS if event["event"] == "play"]
         made = report(
             hosts,

@@ -170,9 +170,12 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]
             self.seen.add(key)
             self._event(result, "seen")
 
+    def _counts(self, result: Any) -> bool:
+        """Whether this is to be noted. What a handler does follows from a change that is told already."""
+        return self.recording and not isinstance(result.task, Handler)
+
     def _changed(self, result: Any) -> None:
-        # What a handler does follows from a change that is told already.
-        if not self.recording or not result.is_changed() or isinstance(result.task, Handler):
+        if not self._counts(result) or not result.is_changed():
             return
         told = result.result
         arguments = result.task_fields.get("args") or {}
@@ -190,7 +193,7 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]
         )
 
     def _skipped(self, result: Any) -> None:
-        if self.recording:
+        if self._counts(result):
             reason = blind_reason(
                 short(result.task.action), result.result, result.task.when, self._aliases_of(result.task)
             )

@@ -485,6 +485,12 @@ def last_of(reports: Iterable[Mapping[str, Any]], names: Iterable[str]) -> dict[
     return found
 
 
+def turn_of(reports: Iterable[Mapping[str, Any]], name: str) -> int:
+    """How often the disk of a host was looked at: which part of what is read in parts is the next."""
+    turn = last_of(reports, [name]).get(name, {}).get("turn", 0)
+    return turn if isinstance(turn, int) else 0
+
+
 def write(texts: Mapping[str, str], mode: int = 0o600) -> None:
     """Replace files, by path, each in one step and none before all are on the disk. Raises OSError."""
     written: dict[str, str] = {}

@@ -59,6 +59,7 @@ class Wanted:
     model_exclude: Sequence[str] = ()
     packages: Sequence[str] = ()
     held: Sequence[str] = ()
+    owned: Sequence[str] = ()
     release_hash_budget: int = 256
     hash_budget: int = 0
     turn: int = 0
@@ -141,7 +142,7 @@ class Look:
     def files(self) -> None:
         known = {f"{name}.{kind}" for name in self.wanted.instances for kind in ("yaml", "env")}
         known |= {"health.json", *(f"gateway/{name}" for name in GATEWAY_FILES)}
-        compare_names(self.paths.config, known, self.report)
+        compare_names(self.paths.config, known, self.report, self.wanted.owned)
         compare_names(self.paths.library, set(HELPERS), self.report)
         # What a run of the roles in check mode does not look at.
         for name in CERTIFICATES:
@@ -176,14 +177,20 @@ class Look:
         self.report.facts["packages"] = {name: row[0] for name, row in sorted(found.items())}
 
 
-def compare_names(folder: str, known: set[str], report: Report) -> None:
-    """Files below a folder that are none of ``known`` (relative paths). Byte code does not count."""
+def compare_names(folder: str, known: set[str], report: Report, owned: Sequence[str] = ()) -> None:
+    """Files below a folder that are none of ``known`` (relative paths), and not in ``owned`` folders (absolute ones).
+
+    Byte code does not count.
+    """
     if not os.path.isdir(folder):
         return
-    folders = {os.path.dirname(name) for name in known} | {""}
+    others = {os.path.relpath(path, folder) for path in owned if path}
+    folders = {os.path.dirname(name) for name in {*known, *others}} | {""}
     for name, seen in sorted(walk(folder)):
         is_folder = stat.S_ISDIR(seen.mode)
         if "__pycache__" in name.split("/") or name in known or (is_folder and name in folders):
+            continue
+        if any(name == other or name.startswith(f"{other}/") for other in others):
             continue
         # What is in a folder that nobody knows is told with it.
         if os.path.dirname(name) in folders:

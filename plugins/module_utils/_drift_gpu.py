@@ -21,8 +21,19 @@ _WANTED = {"gpu_lost": "a GPU that answers", "ecc_off": "ECC on", "foreign_proce
 
 
 def compare_driver(facts: _driver.Facts, version: str, report: Report) -> None:
-    """Loaded, installed and declared driver, and the holds of its packages. No version is none declared."""
+    """Loaded, installed and declared driver, and the holds of its packages.
+
+    Without a version none is declared: the host brings its own, and what is loaded must be what is on disk.
+    """
     if not version:
+        if facts.loaded != facts.on_disk:
+            report.add(
+                "driver_not_loaded",
+                "driver",
+                f"{facts.loaded or 'no driver'} is loaded",
+                f"{facts.on_disk or 'no driver'}, which is on disk",
+                "reboot the host, as programs of one version do not work with a module of another",
+            )
         return
     if facts.loaded != version:
         report.add(

@@ -103,7 +103,9 @@ RUNTIME: Mapping[str, Kind] = {
     "clock_not_synchronised": Kind("warning", "Nothing sets the host's clock.", "install systemd-timesyncd or chrony"),
     "clock_not_managed": Kind("note", "The host is a container, whose clock is that of its host.", "look there"),
     # Driver and GPUs.
-    "driver_not_loaded": Kind("critical", "Another driver is loaded than declared.", "run playbooks/cuda.yml"),
+    "driver_not_loaded": Kind(
+        "critical", "Another driver is loaded than declared, or than is on disk.", "run playbooks/cuda.yml"
+    ),
     "driver_not_installed": Kind(
         "critical", "The kernel would load another driver at its next boot than declared.", "run playbooks/cuda.yml"
     ),

@@ -62,6 +62,11 @@ options:
     type: list
     elements: str
     default: []
+  owned:
+    description: Directories at places of ours that belong to roles which are looked at elsewhere; not looked into.
+    type: list
+    elements: path
+    default: []
   release_hash_budget:
     description:
       - How much (MiB) of the release to read besides what is suspect. V(0) reads nothing besides; otherwise it is one
@@ -154,6 +159,7 @@ def main():
             "model_exclude": {"type": "list", "elements": "str", "default": []},
             "packages": {"type": "list", "elements": "str", "default": []},
             "held": {"type": "list", "elements": "str", "default": []},
+            "owned": {"type": "list", "elements": "path", "default": []},
             "release_hash_budget": {"type": "int", "default": 256},
             "hash_budget": {"type": "int", "default": 0},
             "turn": {"type": "int", "default": 0},

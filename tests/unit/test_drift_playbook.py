@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ansible_collections.nvl.vllm.plugins.filter.drift_turn import drift_turn
 
 ROOT = Path(__file__).parents[2]
 SECRET = "s3cr3t-value-of-a-key"
@@ -25,6 +26,15 @@ DECLARATION = """
     fail_msg: "vllm_instances is empty"
     quiet: true
   any_errors_fatal: true
+"""
+SERVER = """
+- name: Keep what clients need to know
+  ansible.builtin.set_fact:
+    address: "{{ inventory_hostname | mandatory }}"
+"""
+HANDLER = """
+- name: Restart the agent platform
+  ansible.builtin.command: "false"
 """
 ROLES = {
     "cuda": """
@@ -77,6 +87,27 @@ ROLES = {
     msg: well
   loop: []
 """,
+    "vllm_monitoring": """
+- name: Write rules
+  ansible.builtin.copy:
+    content: "new"
+    dest: "{{ place }}/rules.yml"
+    mode: "0644"
+""",
+    "agentic_client": """
+- name: Require that all servers are known
+  ansible.builtin.assert:
+    that: groups['vllm'] | map('extract', hostvars) | rejectattr('address', 'defined') | length == 0
+    fail_msg: "a server is not known"
+    quiet: true
+
+- name: Write the configuration
+  ansible.builtin.copy:
+    content: "{{ groups['vllm'] | map('extract', hostvars) | map(attribute='address') | join(' ') }}"
+    dest: "{{ place }}/settings.yaml"
+    mode: "0644"
+  notify: Restart the agent platform
+""",
     "vllm_drift": """
 - name: Look
   ansible.builtin.set_fact:
@@ -114,9 +145,12 @@ def project(tmp_path):
         role = tmp_path / "roles" / name
         (role / "tasks").mkdir(parents=True)
         (role / "tasks/main.yml").write_text(tasks)
-        if name not in ("vllm_drift",):
+        if name not in ("vllm_drift", "agentic_client"):
             (role / "meta").mkdir()
             (role / "meta/main.yml").write_text("dependencies: [{role: vllm_declaration}]\n")
+    (tmp_path / "roles/agentic_client/tasks/server.yml").write_text(SERVER)
+    (tmp_path / "roles/agentic_client/handlers").mkdir()
+    (tmp_path / "roles/agentic_client/handlers/main.yml").write_text(HANDLER)
     declaration = tmp_path / "roles/vllm_declaration/tasks"
     declaration.mkdir(parents=True)
     (declaration / "main.yml").write_text(DECLARATION)
@@ -381,6 +415,62 @@ def test_a_text_file_that_cannot_be_written_and_the_report_agree(project):
     assert latest(project)["verdict"] == "unknown"
     (told,) = latest(project)["hosts"]["clean"]["unknown"]
     assert told.startswith("the text file for Prometheus cannot be written: ")
+
+
+@pytest.fixture
+def clients(project):
+    """Two hosts in group clients, of which one has an older configuration, and two servers."""
+    inventory = yaml.safe_load((project / "hosts.yml").read_text())
+    hosts = inventory["vllm"]["hosts"]
+    inventory["vllm"]["hosts"] = {"clean": hosts["clean"], "other": hosts["other"]}
+    inventory["clients"] = {"hosts": {}, "vars": inventory["vllm"]["vars"]}
+    for name, servers in (("client", "clean other"), ("old_client", "clean")):
+        place = project / "hosts" / name
+        place.mkdir()
+        (place / "settings.yaml").write_text(servers)
+        (place / "settings.yaml").chmod(0o644)
+        inventory["clients"]["hosts"][name] = {**hosts["clean"], "place": str(place)}
+    (project / "hosts.yml").write_text(yaml.safe_dump(inventory))
+    return project
+
+
+def test_the_configuration_of_clients_is_looked_at_too(clients):
+    before = snapshot(clients / "hosts")
+    done = run(clients, "all")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert snapshot(clients / "hosts") == before
+    hosts = latest(clients)["hosts"]
+    verdicts = {name: host["verdict"] for name, host in hosts.items()}
+    assert verdicts == {"clean": "clean", "other": "clean", "client": "clean", "old_client": "drifted"}
+    (found,) = hosts["old_client"]["findings"]
+    place = f"{clients}/hosts/old_client/settings.yaml"
+    assert (found["kind"], found["where"]) == ("file_changed", place)
+    assert found["task"] == "agentic_client: Write the configuration"
+
+
+def test_clients_of_a_server_that_is_not_known_are_unknown(clients):
+    done = run(clients, "clean,client")
+    assert done.returncode == 4, done.stdout + done.stderr
+    hosts = latest(clients)["hosts"]
+    assert hosts["clean"]["verdict"] == "clean"
+    assert hosts["client"]["unknown"] == [
+        'role agentic_client: task "Require that all servers are known" failed: a server is not known'
+    ]
+
+
+def test_monitoring_is_looked_at_where_it_is_wanted(project):
+    done = run(project, "clean", "-e", '{"vllm_drift_monitoring": true}')
+    assert done.returncode == 2, done.stdout + done.stderr
+    (found,) = latest(project)["hosts"]["clean"]["findings"]
+    assert (found["kind"], found["task"]) == ("file_missing", "vllm_monitoring: Write rules")
+
+
+def test_each_look_reads_another_part(project):
+    for turn in (1, 2):
+        assert run(project, "clean").returncode == 0
+        assert latest(project)["hosts"]["clean"]["turn"] == turn
+    assert drift_turn(str(project / ".drift"), "clean") == 2
+    assert drift_turn(str(project / ".drift"), "other") == 0
 
 
 def test_where_no_report_can_be_kept_the_text_file_says_so(project):

@@ -346,6 +346,11 @@ def test_files_are_replaced_all_together_or_not_at_all(tmp_path):
     assert os.listdir(tmp_path) == ["x"]
 
 
+def test_the_turn_of_a_host_is_that_of_its_last_report():
+    reports = [{"time": TIME, "hosts": hosts} for hosts in ({"a": {"turn": 7}}, {"a": {"turn": 6}, "b": {}})]
+    assert [drift.turn_of(reports, name) for name in "abc"] == [7, 0, 0]
+
+
 def test_one_fact_is_told_once():
     units = [finding("unit_changed", f"{name}.service") for name in "abc"]
     exact = [finding("unit_not_active", "a.service", "critical"), finding("unit_not_enabled", "b.service")]

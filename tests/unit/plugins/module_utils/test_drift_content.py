@@ -69,6 +69,36 @@ def test_names_that_no_role_wrote(tmp_path):
     assert len(report.findings) == 3
 
 
+def test_folders_of_other_roles_are_not_looked_into(tmp_path):
+    for name in ("monitoring/rules/a.yml", "rules/deep/b.yml", "other/c"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    report = Report("content")
+    owned = [f"{tmp_path}/monitoring", f"{tmp_path}/rules/deep", "/elsewhere", ""]
+    content.compare_names(str(tmp_path), set(), report, owned)
+    assert told(report) == [("undeclared_file", f"{tmp_path}/other")]
+
+
+def test_every_folder_that_a_role_writes_to_is_known():
+    """A file of a role that is taken for nobody's would make its hosts drifted, with the advice to remove it."""
+    variables = yaml.safe_load((ROLES / "vllm_drift/vars/main.yml").read_text())
+    owned = [path for path in variables["__vllm_drift_owned"] if path.startswith("/")]
+    files = [
+        path
+        for part in ("tasks", "vars", "defaults", "handlers", "templates")
+        for path in ROLES.glob(f"*/{part}/**/*")
+        if path.is_file() and path.parts[-3] != "vllm_drift"
+    ]
+    found = {place for path in files for place in re.findall(r"/etc/vllm/[\w./-]*\w", path.read_text())}
+    assert {"/etc/vllm/gateway", "/etc/vllm/health.json", "/etc/vllm/monitoring"} <= found
+    # Names of instances are templates.
+    known = {"/etc/vllm/gateway", "/etc/vllm/health.json"}
+    known |= {f"/etc/vllm/gateway/{name}" for name in content.GATEWAY_FILES}
+    assert {
+        place for place in found - known if not any(place == path or place.startswith(f"{path}/") for path in owned)
+    } == set()
+
+
 def test_a_certificate_is_for_haproxy_alone(tmp_path):
     pem = tmp_path / "files.pem"
     own = grp.getgrgid(os.getgid()).gr_name

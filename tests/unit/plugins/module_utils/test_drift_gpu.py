@@ -47,10 +47,20 @@ def test_another_driver(fields, wanted):
     assert driver(**fields) == wanted
 
 
-def test_no_driver_is_declared():
+@pytest.mark.parametrize(
+    ("loaded", "on_disk", "kinds"),
+    [
+        ("", "", []),
+        ("580.1", "580.1", []),
+        ("570.1", "580.1", ["driver_not_loaded"]),
+        ("", "580.1", ["driver_not_loaded"]),
+    ],
+)
+def test_where_the_host_brings_its_driver_the_loaded_one_is_that_on_disk(loaded, on_disk, kinds):
     report = Report("runtime")
-    _drift_gpu.compare_driver(_driver.Facts(_driver.Kernel("6.1", True)), "", report)
-    assert report.findings == []
+    facts = _driver.Facts(_driver.Kernel("6.1", True), loaded=loaded, on_disk=on_disk)
+    _drift_gpu.compare_driver(facts, "", report)
+    assert [item["kind"] for item in report.findings] == kinds
 
 
 @pytest.mark.parametrize(
