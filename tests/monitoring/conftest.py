@@ -19,6 +19,7 @@ VALUES = {
     **DEFAULTS,
     "vllm_monitoring_alertmanager": "install",
     "vllm_monitoring_certificates": ["/etc/vllm/gateway/files.pem"],
+    "vllm_monitoring_drift": True,
     "__vllm_monitoring_install_alertmanager": True,
     "inventory_hostname": "h1",
 }

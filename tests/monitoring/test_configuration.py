@@ -104,3 +104,12 @@ def test_inhibitions_name_alerts_that_there_are(checked, amtool, rules):
         for matcher in rule["source_matchers"] + rule["target_matchers"]:
             for name in re.search(r'alertname=~?"([^"]+)"', matcher)[1].split("|"):
                 assert any(re.fullmatch(name, alert) for alert in alerts), name
+
+
+@pytest.mark.parametrize("gpus", [True, False])
+def test_units_have_no_capability_and_those_of_gpus_wait_for_the_driver(rendered, gpus):
+    item = {"name": "a", "description": "A", "program": "/usr/bin/a", "arguments": [], "paths": [], "gpus": gpus}
+    unit = rendered("unit.service.j2", item=item)
+    assert "\nCapabilityBoundingSet=\n" in unit
+    assert ("\nDeviceAllow=char-nvidia* rw\n" in unit) == gpus
+    assert ("nvidia-gpu-settings.service" in unit) == gpus

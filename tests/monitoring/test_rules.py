@@ -94,6 +94,11 @@ def test_each_time_can_be_set(alerts, rendered, tmp_path):
     assert {name: rule["for"] for name, rule in alerts_in(tmp_path).items()} == dict.fromkeys(alerts, "7s")
 
 
+def test_that_there_never_was_a_drift_check_is_an_alert_only_where_checks_are_said_to_run(rendered):
+    assert "absent(" in rendered("rules/host.yml.j2", vllm_monitoring_drift=True)
+    assert "absent(" not in rendered("rules/host.yml.j2", vllm_monitoring_drift=False)
+
+
 def test_the_rules_ask_for_what_there_is(rules):
     queries: dict[str, str] = {}
     offered = set().union(*(names_on(path.read_text()) for path in PAGES), names_on(_drift_output.prometheus({})))

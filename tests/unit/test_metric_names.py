@@ -78,6 +78,10 @@ def test_dcgm_exporter_and_its_stand_in_show_what_is_asked_for(render):
     assert counters() - captured("metrics/dcgm-exporter.txt") == set()
 
 
+def test_dcgm_exporter_is_asked_for_nothing_that_takes_a_capability():
+    assert [name for name in counters() if name.startswith("DCGM_FI_PROF_")] == []
+
+
 def test_dashboards_ask_for_what_there_is(offered):
     queries = of_dashboards(FILES / "dashboards")
     assert len({place.partition(":")[0] for place in queries}) == 4
