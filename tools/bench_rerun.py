@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""What a run that changes nothing costs: tasks and seconds, beside the same number of pings, in one go.
+"""What a run that changes nothing costs: tasks and seconds, beside as many pings and beside the drift check, in one go.
 
 Usage: ``tools/bench_rerun.py [-i INVENTORY]``, with the hosts already converged. The pings run over the same
-connections, so the ratio tells what the tasks cost beyond their round trips. Exits 1 when the run changed something.
+connections, so the ratio tells what the tasks cost beyond their round trips. The drift check runs the same roles in
+check mode, and is to cost about as much. Exits 1 when the run changed something, or the check finds drift.
 """
 
 from __future__ import annotations
@@ -44,24 +45,32 @@ def recap(output: str) -> dict[str, int]:
     return sums
 
 
+def count(output: str) -> int:
+    """How many tasks a run had, as it tells them."""
+    return len(re.findall(r"^TASK \[", output, re.MULTILINE))
+
+
 def main() -> None:
-    """Run both and print the table."""
+    """Run all three and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("-i", "--inventory", default="inventory/sandbox")
     inventory = parser.parse_args().inventory
 
     output, seconds = run(inventory, "site.yml")
-    counters, tasks = recap(output), len(re.findall(r"^TASK \[", output, re.MULTILINE))
+    counters, tasks = recap(output), count(output)
     pings = [{"name": f"Ping {number}", "ansible.builtin.ping": {}} for number in range(tasks)]
     play = [{"name": "As many pings", "hosts": "vllm", "gather_facts": False, "tasks": pings}]
     with tempfile.NamedTemporaryFile("w", suffix=".yml") as playbook:
         json.dump(play, playbook)  # JSON is YAML
         playbook.flush()
         _, ping_seconds = run(inventory, playbook.name)
+    looked, drift_seconds = run(inventory, "playbooks/drift.yml")
+    drift_tasks = count(looked)
 
     print(f"{'':<14}{'tasks':>6}{'seconds':>9}")
     print(f"{'site.yml':<14}{tasks:>6}{seconds:>9.1f}   changed={counters['changed']}")
     print(f"{'ping':<14}{tasks:>6}{ping_seconds:>9.1f}   ratio {seconds / ping_seconds:.1f}")
+    print(f"{'drift.yml':<14}{drift_tasks:>6}{drift_seconds:>9.1f}   {drift_seconds / seconds:.2f} of site.yml")
     if counters["changed"]:
         sys.exit("bench_rerun: the run was to change nothing")
 
