@@ -479,3 +479,45 @@ def test_where_no_report_can_be_kept_the_text_file_says_so(project):
     done = run(project, "clean", "-e", f"vllm_drift_directory=file/below vllm_drift_textfile={textfile}")
     assert done.returncode == 4, done.stdout + done.stderr
     assert 'drift_check_failed{host="clean"} 1' in textfile.read_text()
+
+
+def test_what_ends_a_deploy_of_the_driver_is_known_to_the_drift_check(tmp_path):
+    """Role cuda goes on past it where the drift check asks, and role vllm_drift tells it."""
+
+    def require(*conditions: str, **variables) -> dict:
+        return {"ansible.builtin.assert": {"that": list(conditions)}, "vars": variables}
+
+    driver = {"loaded": "", "errors": [], "users": [], "engines_in_use": [], "gpus": [1, 2]}
+    known = {"__cuda_os_release": {"content": "SUQ9ZGViaWFuCg=="}, "cuda_driver": {**driver, "in_use": "it is used"}}
+    tasks = [
+        # Not looked at yet.
+        require("__cuda_objections == []"),
+        {"ansible.builtin.set_fact": known},
+        require("__cuda_objections == []"),
+        require("'it is used' in __cuda_objections", cuda_driver_source="nvidia"),
+        require(
+            "__cuda_objections | length == 2",
+            "__cuda_objections[0] == 'GPU 1 is lost'",
+            "__cuda_objections[1] is search('2 NVIDIA GPUs are on the PCI bus, and nvidia-smi shows 1')",
+            __cuda_settings={"failed": False, "msg": "GPU 1 is lost"},
+            __cuda_gpus={"problem": "", "gpus": [{"name": "H100"}]},
+        ),
+    ]
+    play = {
+        "hosts": "localhost",
+        "gather_facts": False,
+        "vars_files": [f"{ROOT}/roles/cuda/{part}/main.yml" for part in ("defaults", "vars")],
+        "vars": {"vllm_version": "0.32.0", "cuda_driver_source": "host"},
+        "tasks": tasks,
+    }
+    (tmp_path / "objections.yml").write_text(yaml.safe_dump([play]))
+    done = subprocess.run(
+        ["ansible-playbook", "-i", "localhost,", "-c", "local", "objections.yml"],
+        cwd=tmp_path,
+        env={**os.environ, "ANSIBLE_COLLECTIONS_PATH": str(ROOT / ".collections")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
