@@ -485,6 +485,7 @@ def test_what_ends_a_deploy_of_the_driver_is_known_to_the_drift_check(tmp_path):
     """Role cuda goes on past it where the drift check asks, and role vllm_drift tells it."""
 
     def require(*conditions: str, **variables) -> dict:
+        variables = {"cuda_driver_source": "host", **variables}
         return {"ansible.builtin.assert": {"that": list(conditions)}, "vars": variables}
 
     driver = {"loaded": "", "errors": [], "users": [], "engines_in_use": [], "gpus": [1, 2]}
@@ -507,7 +508,7 @@ def test_what_ends_a_deploy_of_the_driver_is_known_to_the_drift_check(tmp_path):
         "hosts": "localhost",
         "gather_facts": False,
         "vars_files": [f"{ROOT}/roles/cuda/{part}/main.yml" for part in ("defaults", "vars")],
-        "vars": {"vllm_version": "0.32.0", "cuda_driver_source": "host"},
+        "vars": {"vllm_version": "0.32.0"},
         "tasks": tasks,
     }
     (tmp_path / "objections.yml").write_text(yaml.safe_dump([play]))
