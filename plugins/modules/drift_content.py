@@ -80,7 +80,7 @@ options:
     type: int
     default: 0
   turn:
-    description: Which part is read. Successive numbers, such as that of the day, go through everything.
+    description: Which part is read. Successive numbers, as P(nvl.vllm.drift_turn#filter) counts, go through everything.
     type: int
     default: 0
   hash_timeout:
@@ -106,7 +106,7 @@ seealso:
 """
 
 EXAMPLES = r"""
-- name: Look at what is on disk, and read 4 GiB of the weights, others each day
+- name: Look at what is on disk, and read 4 GiB of the weights, others each time
   nvl.vllm.drift_content:
     release: "{{ vllm_release }}"
     root: "{{ vllm_root }}"
@@ -117,7 +117,7 @@ EXAMPLES = r"""
     model_root: "{{ vllm_declared.model.root }}"
     packages: "{{ vllm_packages }}"
     hash_budget: 4096
-    turn: "{{ (now().timestamp() // 86400) | int }}"
+    turn: "{{ '.drift' | nvl.vllm.drift_turn(inventory_hostname) }}"
   register: drift_content
 """
 
