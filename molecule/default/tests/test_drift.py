@@ -21,7 +21,7 @@ COST = 1.3
 #: Folders that roles write to or that a look could leave something in. Not in it: logs, journals and caches, which
 #: programs that merely run write to, and Ansible's own temporary folders, which are gone with the connection.
 FOLDERS = "/etc /opt /srv /usr/local /var/lib/nvl-vllm /var/lib/apt /run/nvl-vllm /run/vllm-gateway /root /tmp"
-ANSIBLES_OWN = r"\( -path /root/.ansible -o -name 'ansible*' -path '/tmp/*' -o -path /tmp/.ansible \) -prune -o"
+ANSIBLES_OWN = r"\( -name .ansible -o -name 'ansible*' -path '/tmp/*' \) -prune -o"
 #: Names, sizes, owners, modes and times; content; units. No ctime, which a mere link count changes, and not the time of
 #: /tmp and /root themselves, in which Ansible makes and removes its folders.
 SNAPSHOT = (
