@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -167,6 +168,40 @@ def test_a_refused_variable_changes_nothing(host: Host, variables: dict[str, int
     assert refused.returncode != 0
     assert f"molecule: {message}" in refused.stdout
     assert "changed=0" in refused.stdout
+
+
+def pem(directory: Path, name: str) -> dict[str, str]:
+    """A certificate and its key, as text."""
+    key, certificate = directory / f"{name}.key", directory / f"{name}.crt"
+    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", f"/CN={name}"]
+    command = ["openssl", "req", "-x509", *curve, "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    return {"certificate": certificate.read_text(), "key": key.read_text()}
+
+
+def test_a_key_of_another_certificate_changes_nothing(host: Host, api_key: str, tmp_path: Path) -> None:
+    ours, other = pem(tmp_path, "ours"), pem(tmp_path, "other")
+
+    def state() -> list[str]:
+        digests = host.check_output("cd /etc/vllm/gateway && sha256sum *")
+        return [digests, *show(host, "vllm-gateway.service", "MainPID", "NRestarts").values()]
+
+    before = state()
+    refused = site(
+        vllm_gateway_tls="files",
+        vllm_gateway_tls_certificate=ours["certificate"],
+        vllm_gateway_tls_key=other["key"],
+        vllm_gateway_keys=[{"name": "new", "key": "n" * 32}],
+    )
+    assert refused.returncode != 0
+    assert "the private key that belongs to it, found: inconsistencies between private key and" in " ".join(
+        refused.stdout.split()
+    )
+    assert other["key"].splitlines()[1] not in refused.stdout
+    assert state() == before
+    # What is on disk is what runs, also after a restart.
+    host.check_output("haproxy -c -q -f /etc/vllm/gateway/haproxy.cfg")
+    chat(host, "gateway", api_key)
 
 
 def test_a_taken_port_is_named_before_anything_is_changed(host: Host) -> None:
