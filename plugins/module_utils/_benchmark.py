@@ -88,15 +88,27 @@ def figures(details: Sequence[Mapping[str, Any]]) -> Run:
     }
 
 
-def cold_and_warm(ttfts: Sequence[float], group: int) -> list[dict[str, Any]]:
-    """Of each group of requests with a common beginning, the first token of the first one and of the others (ms)."""
-    return [
-        {
-            "cold_ms": round(ttfts[place] * 1000, 3),
-            "warm_ms": [round(ttft * 1000, 3) for ttft in ttfts[place + 1 : place + group]],
-        }
-        for place in range(0, len(ttfts) - group + 1, group)
-    ]
+def cold_and_warm(ttfts: Sequence[float], latencies: Sequence[float], group: int) -> list[dict[str, Any]]:
+    """Of each group of requests with a common beginning, the first one (cold) and the others (warm), in ms.
+
+    First token, and the whole request (``e2e``). Arguments are in s.
+    """
+    found = []
+    for place in range(0, len(ttfts) - group + 1, group):
+        later = slice(place + 1, place + group)
+        found.append(
+            {
+                "cold_ms": _ms(ttfts[place]),
+                "warm_ms": [_ms(each) for each in ttfts[later]],
+                "cold_e2e_ms": _ms(latencies[place]),
+                "warm_e2e_ms": [_ms(each) for each in latencies[later]],
+            }
+        )
+    return found
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)
 
 
 def expected_hits(prefix_tokens: int, block_size: int, groups: int, group: int) -> int:
@@ -176,23 +188,30 @@ def judge_prefix(path: Mapping[str, Any]) -> dict[str, Any] | None:
     if not steps:
         return None
     # Of each run the first group warms up: it counts for the hits, not for the times.
-    groups = [group for run in steps[0]["runs"] for group in run["groups"][1:]]
-    ratios = [group["cold_ms"] / statistics.median(group["warm_ms"]) for group in groups]
+    runs = [run["groups"][1:] for run in steps[0]["runs"]]
     hits = sum(run["hits"] for run in steps[0]["runs"])
     queries = sum(run["queries"] for run in steps[0]["runs"])
     expected = sum(run["expected_hits"] for run in steps[0]["runs"])
     return {
         "prefix_tokens": steps[0]["input_tokens"],
         "group": steps[0]["group"],
-        "cold_ms": spread([group["cold_ms"] for group in groups]),
-        "warm_ms": spread([value for group in groups for value in group["warm_ms"]]),
-        "speedup": spread(ratios),
+        "output_tokens": steps[0]["output_tokens"],
+        **_cold_beside_warm(runs, ""),
+        **_cold_beside_warm(runs, "e2e_"),
         "hits": hits,
         "queries": queries,
         "expected_hits": expected,
         "hit_rate": round(hits / queries, 4) if queries else 0.0,
         "match": all(hits_match(run) for run in steps[0]["runs"]),
     }
+
+
+def _cold_beside_warm(runs: Sequence[Sequence[Mapping[str, Any]]], kind: str) -> dict[str, dict[str, float]]:
+    """Medians of each repetition and their spread, so that a single slow request does not widen it."""
+    cold = [statistics.median(group[f"cold_{kind}ms"] for group in run) for run in runs]
+    warm = [statistics.median(value for group in run for value in group[f"warm_{kind}ms"]) for run in runs]
+    ratios = [before / after for before, after in zip(cold, warm)]
+    return {f"cold_{kind}ms": spread(cold), f"warm_{kind}ms": spread(warm), f"{kind}speedup": spread(ratios)}
 
 
 def judge_sweep(path: Mapping[str, Any]) -> dict[str, Any] | None:

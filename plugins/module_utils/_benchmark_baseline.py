@@ -11,13 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ._benchmark import judge, steps_of, summary_of, users
+from ._benchmark import PARALLEL, PREFIX, SWEEP, judge, steps_of, summary_of, users
 
 SCHEMA = 1
 HIGHER, LOWER = "higher", "lower"
+#: Fewer repetitions have no spread that tells chance.
+REPETITIONS = 3
 #: Arguments that say where an engine is and what its files are called, not how it works.
 _PLACES = ("host", "port", "model", "served-model-name", "middleware")
 
@@ -39,32 +41,46 @@ def key_of(labels: Mapping[str, Any]) -> str:
 
 
 def metrics(paths: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What is compared, by a readable name: median, spread, unit, and which way is better."""
+    """What is compared, by a readable name: median and spread over the repetitions, unit, which way is better; and of
+    which path and scenario it is, and when it was measured."""
     found: dict[str, dict[str, Any]] = {}
-
-    def add(name: str, values: Mapping[str, float], unit: str, better: str) -> None:
-        found[name] = {**values, "unit": unit, "better": better}
-
     for path in paths:
-        name, verdict = path["path"], judge(path)
-        if verdict["parallel"]:
-            for each in ("sequential", "parallel"):
-                add(f"{name}: {each}", verdict["parallel"][f"{each}_s"], "s", LOWER)
-        if verdict["prefix"]:
-            for each in ("cold", "warm"):
-                add(f"{name}: first token, {each} prefix", verdict["prefix"][f"{each}_ms"], "ms", LOWER)
-        for step in steps_of(path, "sweep"):
-            summary, at = summary_of(step), f"{name}: {users(step['users'])}"
-            add(f"{at}, output", summary["output_tokens_per_s"], "tokens/s", HIGHER)
-            add(f"{at}, first token p95", summary["ttft_ms"]["p95"], "ms", LOWER)
-            add(f"{at}, end to end p95", summary["e2e_ms"]["p95"], "ms", LOWER)
+        for scenario, name, values, unit, better in _figures(path):
+            about = {"path": path["path"], "scenario": scenario, "time": path["time"]}
+            found[f"{path['path']}: {name}"] = {**values, "unit": unit, "better": better, **about}
     return found
+
+
+def _figures(path: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, float], str, str]]:
+    """Scenario, name, spread, unit and which way is better, of all figures of one path."""
+    verdict = judge(path)
+    if verdict[PARALLEL]:
+        for each in ("sequential", "parallel"):
+            yield PARALLEL, each, verdict[PARALLEL][f"{each}_s"], "s", LOWER
+    if verdict[PREFIX]:
+        for each in ("cold", "warm"):
+            yield PREFIX, f"first token, {each} prefix", verdict[PREFIX][f"{each}_ms"], "ms", LOWER
+    for step in steps_of(path, SWEEP):
+        summary, at = summary_of(step), users(step["users"])
+        yield SWEEP, f"{at}, output", summary["output_tokens_per_s"], "tokens/s", HIGHER
+        yield SWEEP, f"{at}, first token p95", summary["ttft_ms"]["p95"], "ms", LOWER
+        yield SWEEP, f"{at}, end to end p95", summary["e2e_ms"]["p95"], "ms", LOWER
+
+
+def merged(then: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """A baseline with the figures of this run. What this run did not measure, path or scenario, stays as it was."""
+    measured = {(one["path"], one["scenario"]) for one in now.values()}
+    stays = {name: one for name, one in then.items() if (one.get("path"), one.get("scenario")) not in measured}
+    return {**stays, **now}
 
 
 def compare(
     now: Mapping[str, Mapping[str, Any]], then: Mapping[str, Mapping[str, Any]], threshold: float
 ) -> list[dict[str, Any]]:
-    """Every figure that both have; ``change`` (percent) is above 0 where now is better. ``threshold`` in percent."""
+    """Every figure that both have; ``change`` (percent) is above 0 where now is better. ``threshold`` in percent.
+
+    ``since`` is when the earlier one was measured.
+    """
     rows = []
     for name, new in now.items():
         old = then.get(name)
@@ -79,6 +95,7 @@ def compare(
             {
                 "name": name,
                 "unit": new["unit"],
+                "since": old.get("time"),
                 "now": {key: new[key] for key in ("median", "min", "max")},
                 "then": {key: old[key] for key in ("median", "min", "max")},
                 "change": round(change, 1),

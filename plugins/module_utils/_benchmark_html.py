@@ -36,6 +36,7 @@ td.met { color: var(--clean); font-weight: 600; } td.missed { color: var(--drift
 .said { border-left: .25rem solid var(--tint); padding: .1rem 0 .1rem .9rem; margin: 0 0 1rem;
   overflow-wrap: anywhere; }
 """
+_TINTS = {True: "clean", False: "drifted", None: "note"}
 _PICTURES = {
     "sweep": ("More and more users", "Throughput grows with users until the engine is full; then only latency grows. "
               "The shade is the spread of all repetitions."),
@@ -49,14 +50,16 @@ def page(report: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     bad = problems(report)
     title = f"Benchmark of {report['host']}"
     answers = "".join(
-        f"<div class=clean><b>{escape(figure)}</b><span>{escape(what)}</span><small>{escape(why)}</small></div>"
-        for figure, what, why in headlines(report)
+        f"<div class={_TINTS[answer.good]}><b>{escape(answer.figure)}</b><span>{escape(answer.what)}</span>"
+        f"<small>{escape(answer.why)}</small></div>"
+        for answer in headlines(report)
     )
     said = "".join(
         f'<p class="said {tint}">{escape(text)}</p>'
         for tint, text in (
             *(("drifted", problem) for problem in bad),
             *(("warning", company) for company in [alone(report)] if company),
+            *(("warning", f"{remark}.") for remark in report["remarks"]),
             ("note", against_baseline(report)),
         )
     )

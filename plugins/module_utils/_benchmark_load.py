@@ -16,6 +16,7 @@ import pwd
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -151,7 +152,10 @@ class Load:
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Load:
-        account = pwd.getpwnam(self._user)
+        try:
+            account = pwd.getpwnam(self._user)
+        except KeyError as error:
+            raise BenchmarkError(f"wanted a user {self._user} on this host, found none; run site.yml") from error
         program = os.path.join(self._files.scratch, "driver.py")
         with open(program, "w", encoding="utf-8") as stream:
             stream.write(inspect.getsource(_benchmark_driver))
@@ -201,7 +205,8 @@ class Load:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
-                stream.close()
+                with contextlib.suppress(BrokenPipeError):  # what it did not read any more
+                    stream.close()
         self._process = None
 
     def run(self, step: Step, targets: Sequence[Endpoint], model: str, seed: int) -> list[dict[str, Any]]:
@@ -224,15 +229,17 @@ class Load:
         process = self._process
         if process is None or process.stdin is None:
             raise BenchmarkError("the load is not under way")
-        process.stdin.write(json.dumps(runs) + "\n")
-        process.stdin.flush()
+        # Where it has ended, _answer() says so.
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(runs) + "\n")
+            process.stdin.flush()
         statuses = self._answer(f"{step.name} on {', '.join(target.name for target in targets)}")
         return [self._taken(run, status, target) for run, status, target in zip(runs, statuses, targets)]
 
     def _taken(self, run: Mapping[str, Any], status: int, target: Endpoint) -> dict[str, Any]:
         """The result of one run; its files are removed."""
         try:
-            with open(run["result"], encoding="utf-8") as stream:
+            with open(run["result"], encoding="utf-8", opener=_opened) as stream:
                 found: dict[str, Any] = json.load(stream)
         except (OSError, ValueError) as error:
             raise BenchmarkError(
@@ -285,10 +292,22 @@ class Load:
         }
 
 
+def _opened(path: str, flags: int) -> int:
+    """Open a file that the load's user made, and nothing else that this user may have put in its place.
+
+    Root reads it: no link may lead elsewhere, and no pipe may hold it up. Raises OSError.
+    """
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is no regular file")
+    return descriptor
+
+
 def _tail(path: str) -> str:
     """The end of a log."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as stream:
+        with open(path, encoding="utf-8", errors="replace", opener=_opened) as stream:
             lines = [line.strip() for line in stream if line.strip()]
     except OSError:
         return "no output"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ._benchmark import users
-from ._benchmark_report import against_baseline, headlines, problems, times, verdicts, with_range
+from ._benchmark_report import against_baseline, by_guide, headlines, problems, times, verdicts, with_range
 from ._drift_output import columns
 
 
@@ -34,9 +34,11 @@ def _targets(report: Mapping[str, Any]) -> Table:
     rows = []
     for row in report["targets"]:
         value = "-" if row["value"] is None else f"{row['value']:g} {row['unit']}"
-        verdict = row["verdict"] + (f" ({row['note']})" if row["note"] else "")
+        condition = f" {row['condition']}" if row["condition"] else ""
+        told = "; ".join(filter(None, (by_guide(row), row["note"])))
+        verdict = row["verdict"] + (f" ({told})" if told else "")
         corrected = row["corrected"] + (f": {row['why']}" if row["why"] else "")
-        rows.append((row["metric"], row["guide"], corrected, value, verdict))
+        rows.append((row["metric"], row["guide"], corrected, f"{value}{condition}: {row['measured_by']}", verdict))
     return Table("Targets", ("Metric", "Guide", "To be judged by", "Measured", "Verdict"), rows, left=5)
 
 
@@ -56,11 +58,16 @@ def _prefix(report: Mapping[str, Any]) -> Table:
     for name, verdict in verdicts(report):
         found = verdict["prefix"]
         if found:
-            times_ = (with_range(found["cold_ms"]), with_range(found["warm_ms"]), with_range(found["speedup"], 1))
+            times_ = (
+                *(with_range(found["cold_ms"]), with_range(found["warm_ms"]), with_range(found["speedup"], 1)),
+                *(with_range(found["cold_e2e_ms"]), with_range(found["warm_e2e_ms"])),
+                with_range(found["e2e_speedup"], 1),
+            )
             hits = (str(found["hits"]), str(found["expected_hits"]), f"{100 * found['hit_rate']:.0f} %")
             rows.append((name, *times_, *hits))
     header = (
         *("Path", "Cold, first token (ms)", "Warm (ms)", "Times as fast"),
+        *("Cold, whole request (ms)", "Warm (ms)", "Times as fast"),
         *("Tokens hit", "By arithmetic", "Hit rate"),
     )
     return Table("Beginning of the prompt new, and in the cache", header, rows)
@@ -110,7 +117,7 @@ def setting(report: Mapping[str, Any]) -> str:
 
 def summary(report: Mapping[str, Any], page: str) -> str:
     """What is printed at the end of a run."""
-    lines = columns([(figure, what, why) for figure, what, why in headlines(report)])
+    lines = columns([(answer.figure, answer.what, answer.why) for answer in headlines(report)])
     rows = [("PATH", "AT ONCE", "CACHED FIRST TOKEN", "BEST OUTPUT")]
     for name, verdict in verdicts(report):
         parallel, prefix, sweep = verdict["parallel"], verdict["prefix"], verdict["sweep"]
@@ -124,14 +131,14 @@ def summary(report: Mapping[str, Any], page: str) -> str:
                 else "-",
             )
         )
-    rest = [f"Not alone  {note}" for note in report["notes"]]
+    rest = [f"Not alone  {note}" for note in report["notes"]] + [f"Remark     {one}" for one in report["remarks"]]
     return "\n".join(
         [
             *lines,
             "",
             *columns(rows),
             "",
-            *(columns([(row["metric"], row["verdict"]) for row in report["targets"]])),
+            *(columns([(row["metric"], row["verdict"], by_guide(row)) for row in report["targets"]])),
             "",
             *rest,
             f"Baseline   {against_baseline(report)}",
@@ -146,8 +153,10 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts = [
         f"# Benchmark of {report['host']}, {report['time']}",
         f"{setting(report)}.",
-        "\n".join(f"- **{figure}** {what} ({why})" for figure, what, why in headlines(report)),
+        "\n".join(f"- **{answer.figure}** {answer.what} ({answer.why})" for answer in headlines(report)),
         *(f"Not alone: {note}." for note in report["notes"]),
+        *(f"Remark: {remark}." for remark in report["remarks"]),
+        *(f"**{problem}**" for problem in problems(report)),
         against_baseline(report),
     ]
     for table in tables(report):

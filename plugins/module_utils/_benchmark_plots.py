@@ -120,8 +120,7 @@ def _prefix(report: Mapping[str, Any]) -> Any:
         cold = [group["cold_ms"] for group in groups]
         warm = [value for group in groups for value in group["warm_ms"]]
         for kind, values, colour in (("cold", cold, _SERIES[3]), ("warm", warm, _SERIES[0])):
-            label = kind if not names or names == [(0.0, f"{found[0][0]}, cold")] else None
-            axes.plot(values, [height] * len(values), "o", color=colour, alpha=0.5, markersize=7, mew=0, label=label)
+            axes.plot(values, [height] * len(values), "o", color=colour, alpha=0.5, markersize=7, mew=0)
             median = report["verdicts"][name]["prefix"][f"{kind}_ms"]["median"]
             axes.plot([median, median], [height - 0.32, height + 0.32], color=colour, linewidth=2.5)
             names.append((height, f"{name}, {kind}"))
@@ -168,6 +167,11 @@ def _timeline(report: Mapping[str, Any]) -> Any:
         requests.plot([], [], color=_SERIES[place % len(_SERIES)], label=name)
     requests.plot([], [], color=_INK, linestyle=":", label="waiting")
     requests.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(engines) + 1, borderaxespad=0)
+    cards = sorted({index for path in report["paths"] for index in path["timeline"]["gpus"]}, key=int)
+    for axes in more:
+        for index in cards:
+            axes.plot([], [], color=_SERIES[int(index) % len(_SERIES)], label=f"GPU {index}")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(cards), borderaxespad=0)
     titles = ("Requests running", "KV cache in use (%)", "GPU utilization (%)", "GPU power (W)")
     for axes, title in zip((requests, usage, *more), titles):
         axes.set_title(title)

@@ -44,8 +44,24 @@ from ._openai import Endpoint, EndpointError
 SCRATCH = "scratch-"
 #: Free disk space for the results of runs under way (MiB).
 REQUIRED_MIB = 256
+#: The least of each number that means something.
+LEAST = {
+    "repetitions": 1,
+    "parallel_requests": 2,
+    "parallel_output_tokens": 1,
+    "prefix_tokens": 1,
+    "prefix_groups": 1,
+    "prefix_group": 2,
+    "prefix_output_tokens": 1,
+    "sweep_limit": 1,
+    "sweep_input_tokens": SUFFIX + 1,
+    "sweep_output_tokens": 1,
+    "sweep_requests_per_user": 1,
+}
 #: How long to wait for an engine to become idle.
 IDLE_SECONDS = 15.0
+#: Tokens of the guide's question in a chat, at most. Some 80 with gpt-oss.
+QUESTION_TOKENS = 128
 #: Prompts of the warm-up at the greatest level, so that no later run is the first of its kind.
 WARM_UP_TOKENS = 8
 
@@ -185,7 +201,7 @@ class Benchmark:
             block = min(cache["block_size"] for cache in self.caches.values())
             groups = step.requests // step.group
             run.update(
-                groups=cold_and_warm(details[0]["ttfts"], step.group),
+                groups=cold_and_warm(details[0]["ttfts"], details[0]["latencies"], step.group),
                 hits=counters["prefix_hits"],
                 queries=counters["prefix_queries"],
                 expected_hits=expected_hits(step.input_tokens, block, groups, step.group),
@@ -239,9 +255,11 @@ def benchmark(path: Path, wanted: Wanted, model: str, host: Host) -> dict[str, A
     began = time.monotonic()
     _refuse(path, wanted, model, host)
     try:
-        caches = {engine.name: _benchmark_watch.cache_of(engine) for engine in path.engines}
+        engines = {engine.name: _benchmark_watch.engine_of(engine) for engine in path.engines}
     except EndpointError as error:
         raise BenchmarkError(str(error)) from error
+    caches = {name: cache for name, (_, cache) in engines.items()}
+    _refuse_lengths(wanted, min(cache["max_model_len"] for cache in caches.values()))
     with (
         _only_one(host.directory),
         _scratch(host.directory) as scratch,
@@ -254,9 +272,11 @@ def benchmark(path: Path, wanted: Wanted, model: str, host: Host) -> dict[str, A
         "path": path.name,
         "kind": path.kind,
         "engines": caches,
+        "vllm": engines[path.engines[0].name][0],
         "alone": not bench.notes(),
         "notes": bench.notes(),
         "seconds": round(time.monotonic() - began, 1),
+        "missed": watch.missed,
         "steps": steps,
         "timeline": {"engines": watch.engines, "gpus": {str(gpu): rows for gpu, rows in watch.gpus.items()}},
     }
@@ -264,10 +284,9 @@ def benchmark(path: Path, wanted: Wanted, model: str, host: Host) -> dict[str, A
 
 def _refuse(path: Path, wanted: Wanted, model: str, host: Host) -> None:
     """Raises BenchmarkError for whatever would make the load pointless, before there is any."""
-    if wanted.repetitions < 1 or wanted.prefix_group < 2 or wanted.prefix_groups < 1:
-        raise BenchmarkError("wanted 1 repetition or more, and groups of 2 requests or more")
-    if wanted.sweep_input_tokens <= SUFFIX:
-        raise BenchmarkError(f"wanted sweep_input_tokens above {SUFFIX}, found {wanted.sweep_input_tokens}")
+    for name, least in LEAST.items():
+        if getattr(wanted, name) < least:
+            raise BenchmarkError(f"wanted {name} of {least} or more, found {getattr(wanted, name)}")
     python = os.path.join(host.root, "current", "bin", "python")
     if not os.access(python, os.X_OK):
         raise BenchmarkError(f"wanted vLLM's Python at {python}, found none; run site.yml")
@@ -279,6 +298,25 @@ def _refuse(path: Path, wanted: Wanted, model: str, host: Host) -> None:
     for probes in examine_all(everyone, look):
         if not healthy(probes, look):
             raise BenchmarkError(f"{list(probes.values())[-1].reason}; run playbooks/verify.yml")
+
+
+def _refuse_lengths(wanted: Wanted, longest: int) -> None:
+    """Raises BenchmarkError for requests that an engine refuses. ``longest``: its max-model-len, 0 where not known."""
+    lengths = {
+        PARALLEL: ("parallel_output_tokens and the question", wanted.parallel_output_tokens + QUESTION_TOKENS),
+        PREFIX: (
+            f"prefix_tokens, prefix_output_tokens and {SUFFIX}",
+            wanted.prefix_tokens + SUFFIX + wanted.prefix_output_tokens,
+        ),
+        SWEEP: (
+            "sweep_input_tokens and sweep_output_tokens",
+            wanted.sweep_input_tokens + wanted.sweep_output_tokens,
+        ),
+    }
+    for scenario in wanted.scenarios:
+        what, tokens = lengths[scenario]
+        if longest and tokens > longest:
+            raise BenchmarkError(f"wanted {what} within max-model-len {longest}, found {tokens} tokens; ask for less")
 
 
 @contextlib.contextmanager

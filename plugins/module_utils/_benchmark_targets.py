@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ._benchmark import ENGINE, judge, steps_of, summary_of
+from ._memory_budget import device_by_name
 
 MET, MISSED = "met", "missed"
 NOT_MEASURED, NOT_COMPARABLE = "not measurable here", "not comparable here"
@@ -38,6 +39,13 @@ class Target:
     measured_by: str
     absolute: bool
 
+
+#: Power that single samples may be above the cap (share), as the card keeps to it on average.
+POWER_TOLERANCE = 0.02
+#: How far (GB) a GPU's memory in use may be off its budget: CUDA itself comes on top, and a few blocks stay free.
+MEMORY_TOLERANCE = 3.0
+#: vLLM's own default.
+UTILIZATION = 0.92
 
 TARGETS = (
     Target(
@@ -90,10 +98,10 @@ TARGETS = (
         "75 to 85 GB",
         75,
         85,
-        "82 to 88 GB",
-        82,
-        88,
-        "the card has 94 GB, of which CUDA sees 93.1 GiB; 0.85 of that is 85 GB, and CUDA itself comes on top",
+        "",
+        None,
+        None,
+        "",
         "nvidia-smi, most on one GPU during the sweep",
         True,
     ),
@@ -123,7 +131,7 @@ TARGETS = (
         None,
         "a cached beginning saves the reading of the prompt and no output token, so it shows in the time to the first "
         "token; the whole request depends on how much is answered",
-        "first token, cold by warm",
+        "first token, cold by warm; by the guide's value the whole request of the same runs",
         False,
     ),
     Target(
@@ -133,14 +141,39 @@ TARGETS = (
         "650 to 700 W",
         650,
         700,
-        "400 W at most",
+        f"400 W at most, within {POWER_TOLERANCE:.0%}",
         None,
-        400,
-        "700 W is the SXM board; an H100 NVL is capped at 400 W",
+        400 * (1 + POWER_TOLERANCE),
+        "700 W is the SXM board; an H100 NVL is capped at 400 W, which single samples exceed by a little",
         "nvidia-smi, greatest of one GPU while an engine's best level of the sweep ran",
         True,
     ),
 )
+
+
+def targets_of(arguments: Sequence[Mapping[str, Any]]) -> list[Target]:
+    """The targets for engines with such arguments: how much memory is in use follows from them."""
+    shares = sorted({float(one.get("gpu-memory-utilization", UTILIZATION)) for one in arguments})
+    fixed = any(one.get("kv-cache-memory-bytes") for one in arguments)
+    return [_memory(target, [] if fixed else shares) if target.key == "gpu_memory" else target for target in TARGETS]
+
+
+def _memory(target: Target, shares: Sequence[float]) -> Target:
+    """``shares`` of a GPU's memory that engines may use, in ascending order; none where that is set otherwise."""
+    if not shares:
+        why = "kv-cache-memory-bytes is set, so gpu-memory-utilization does not say how much is used"
+        return replace(target, corrected="none", why=why)
+    total = device_by_name(GUIDES_GPU).total_gib
+    budgets = [share * total * 2**30 / 1e9 for share in shares]
+    low, high = round(budgets[0] - MEMORY_TOLERANCE, 1), round(budgets[-1] + MEMORY_TOLERANCE, 1)
+    return replace(
+        target,
+        corrected=f"{low:.0f} to {high:.0f} GB",
+        corrected_low=low,
+        corrected_high=high,
+        why=f"gpu-memory-utilization {' and '.join(f'{share:g}' for share in shares)} of the {total:.1f} GiB that CUDA "
+        f"sees is {' and '.join(f'{budget:.0f}' for budget in budgets)} GB; CUDA itself comes on top",
+    )
 
 
 def engines_alone(paths: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -157,6 +190,10 @@ def comparable(labels: Mapping[str, Any]) -> str:
     if GUIDES_MODEL not in labels["model"]:
         return f"measured with {labels['model']}, and the guide is about {GUIDES_MODEL}"
     return ""
+
+
+#: The figure that the guide's value of a target is about, where it is another one than the target's own.
+BY_GUIDE = {"cached_speedup": "whole_speedup"}
 
 
 def measured(paths: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -176,11 +213,23 @@ def measured(paths: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         if verdict["prefix"]:
             add("hit_rate", 100 * verdict["prefix"]["hit_rate"])
             add("cached_speedup", verdict["prefix"]["speedup"]["median"])
+            add("whole_speedup", verdict["prefix"]["e2e_speedup"]["median"])
         if verdict["sweep"]:
             gpu = busy_gpus(path, verdict["sweep"]["concurrency"])
             for key in ("gpu_utilization", "gpu_memory", "power"):
                 add(key, gpu.get(key))
     return {key: statistics.median(values) for key, values in found.items()}
+
+
+def conditions(paths: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """With how long an answer a target was measured, where that makes the figure."""
+    found = {}
+    for scenario, keys in (("parallel", ("latency", "throughput")), ("prefix", ("cached_speedup",))):
+        lengths = {step["output_tokens"] for path in engines_alone(paths) for step in steps_of(path, scenario)}
+        if lengths:
+            told = " and ".join(map(str, sorted(lengths)))
+            found.update(dict.fromkeys(keys, f"with {told} output tokens"))
+    return found
 
 
 def busy_gpus(path: Mapping[str, Any], users: int) -> dict[str, float]:
@@ -213,21 +262,38 @@ def verdict_of(value: float | None, low: float | None, high: float | None) -> st
     return MET if (low is None or value >= low) and (high is None or value <= high) else MISSED
 
 
-def judge_targets(paths: Sequence[Mapping[str, Any]], labels: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """All targets, each with its figure and two verdicts: by the guide's value and by the corrected one."""
-    values, reason = measured(paths), comparable(labels)
+def judge_targets(
+    paths: Sequence[Mapping[str, Any]], labels: Mapping[str, Any], arguments: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """All targets, each with its figure and two verdicts: by the guide's value and by the corrected one.
+
+    ``arguments`` are those of the engines.
+    """
+    values, reason, condition = measured(paths), comparable(labels), conditions(paths)
     rows = []
-    for target in TARGETS:
+    for target in targets_of(arguments):
         value = values.get(target.key)
+        by_guide = values.get(BY_GUIDE.get(target.key, target.key))
         if value is not None and target.absolute and reason:
             verdicts = {"guide_verdict": NOT_COMPARABLE, "verdict": NOT_COMPARABLE, "note": reason}
         else:
+            boundless = value is not None and target.corrected_low is None and target.corrected_high is None
             verdicts = {
-                "guide_verdict": verdict_of(value, target.low, target.high),
-                "verdict": verdict_of(value, target.corrected_low, target.corrected_high),
+                "guide_verdict": verdict_of(by_guide, target.low, target.high),
+                "verdict": NOT_COMPARABLE
+                if boundless
+                else verdict_of(value, target.corrected_low, target.corrected_high),
                 "note": "" if value is not None else missing(target, labels),
             }
-        rows.append({**asdict(target), "value": None if value is None else round(value, 2), **verdicts})
+        rows.append(
+            {
+                **asdict(target),
+                "value": None if value is None else round(value, 2),
+                "guide_value": None if by_guide is None else round(by_guide, 2),
+                "condition": condition.get(target.key, ""),
+                **verdicts,
+            }
+        )
     return rows
 
 

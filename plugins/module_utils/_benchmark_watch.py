@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import _openai
-from ._drift_engine import parse_cache_info
+from ._drift_engine import read_engine
 from ._gpu_health import _SLOWDOWNS
 from ._gpu_info import TimedRunner, is_failure, run_command
 from ._gpu_metrics import REASONS
@@ -55,14 +55,19 @@ def look(engine: Endpoint) -> dict[str, float]:
     return {short: found.get(name, 0.0) for short, name in names.items()}
 
 
-def cache_of(engine: Endpoint) -> dict[str, int]:
-    """``block_size`` and ``kv_tokens`` of an engine's cache. Raises EndpointError, and where they are not told."""
-    page = _openai.get(engine, "/metrics", DEADLINE).decode("utf-8", "replace")
-    infos = parse_cache_info(page)
+def engine_of(engine: Endpoint) -> tuple[str, dict[str, int]]:
+    """vLLM's version, and ``block_size``, ``kv_tokens`` and ``max_model_len`` (0 where it is not told) in tokens.
+
+    Raises EndpointError, and where the first two are not told.
+    """
+    found = read_engine(engine, DEADLINE)
+    infos = found["cache"]
+    lengths = [int(model.get("max_model_len") or 0) for model in found["models"]]
     try:
-        return {
+        return found["version"], {
             "block_size": int(infos[0]["block_size"]),
             "kv_tokens": sum(int(info["kv_cache_size_tokens"]) for info in infos),
+            "max_model_len": min(filter(None, lengths), default=0),
         }
     except (IndexError, KeyError, ValueError) as error:
         raise EndpointError(

@@ -177,7 +177,9 @@ kind:
   returned: when it ran
   type: str
 engines:
-  description: Of each engine C(block_size) and C(kv_tokens), the size of its KV cache, both in tokens.
+  description:
+    - Of each engine C(block_size), C(kv_tokens), the size of its KV cache, and C(max_model_len), 0 where it does not
+      tell; all in tokens.
   returned: when it ran
   type: dict
 hardware:
@@ -207,6 +209,10 @@ notes:
   returned: when it ran
   type: list
   elements: str
+missed:
+  description: Looks at engines, twice a second, that came to nothing.
+  returned: when it ran
+  type: int
 seconds:
   description: How long all of it took (s).
   returned: when it ran
@@ -250,18 +256,20 @@ steps:
           C(input_tokens), C(output_tokens), C(seconds), C(requests_per_s), C(output_tokens_per_s),
           C(total_tokens_per_s), C(p50), C(p95) and C(p99) of C(ttft_ms), C(itl_ms) and C(e2e_ms) (milliseconds),
           C(counters), by how much the engines' counters rose, and C(others), the part of it that was not this run's.
-        - Those of V(prefix) have C(groups) with C(cold_ms) and C(warm_ms) to the first token, and C(hits), C(queries),
-          C(expected_hits) and C(other_tokens) in tokens.
+        - Those of V(prefix) have C(groups) with C(cold_ms) and C(warm_ms) to the first token, C(cold_e2e_ms) and
+          C(warm_e2e_ms) of the whole request, and C(hits), C(queries), C(expected_hits) and C(other_tokens) in tokens.
       type: list
       elements: dict
 timeline:
   description:
     - Columns of what C(engines) and C(gpus) did, by name or index, with C(t) in seconds since the beginning. KV usage
-      is a share (0 to 1), C(utilization) in percent, C(memory_mib) in MiB, C(power_w) in W.
+      is a share (0 to 1), C(utilization) in percent, C(memory_mib) in MiB, C(power_w) in W, C(clock_reasons) the bits
+      that nvidia-smi tells of lowered clocks.
   returned: when it ran
   type: dict
 """
 
+import collections
 import dataclasses
 import os
 import signal
@@ -270,13 +278,13 @@ import time
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.nvl.vllm.plugins.module_utils import _gpu_info, _openai
+from ansible_collections.nvl.vllm.plugins.module_utils import _gpu_info
 from ansible_collections.nvl.vllm.plugins.module_utils._benchmark import ENGINE, KINDS, SCENARIOS
 from ansible_collections.nvl.vllm.plugins.module_utils._benchmark_load import BenchmarkError
 from ansible_collections.nvl.vllm.plugins.module_utils._benchmark_run import Host, Left, Path, Wanted, benchmark
 from ansible_collections.nvl.vllm.plugins.module_utils._benchmark_watch import DEADLINE, read_gpus
 from ansible_collections.nvl.vllm.plugins.module_utils._json_file import write_object
-from ansible_collections.nvl.vllm.plugins.module_utils._openai import EndpointError, endpoints_of
+from ansible_collections.nvl.vllm.plugins.module_utils._openai import endpoints_of
 
 NUMBERS = [field.name for field in dataclasses.fields(Wanted) if field.name != "scenarios"]
 
@@ -302,9 +310,11 @@ def main() -> None:
     gpus = read_gpus if params["device"] == "cuda" else None
     keys = ("root", "user", "tokenizer", "directory", "timeout")
     try:
+        # Before the load: a baseline of unknown hardware would be compared with that of any other.
+        labels = hardware(params["device"])
         found = benchmark(path, wanted, params["model"], Host(**{key: params[key] for key in keys}, gpus=gpus))
-        found.update(hardware(params["device"]), vllm=_openai.version(path.engines[0], DEADLINE))
-    except (BenchmarkError, EndpointError) as error:
+        found.update(labels)
+    except BenchmarkError as error:
         module.fail_json(msg=f"{here}: benchmark of {path.name}: {error}")
     except Left:
         module.fail_json(msg=f"{here}: benchmark of {path.name} was interrupted; nothing of it is left")
@@ -327,18 +337,22 @@ def path_of(params: dict[str, Any]) -> Path:
 
 
 def hardware(device: str) -> dict[str, str]:
-    """What the engines run on, and its driver."""
+    """What the engines run on, and its driver. Raises BenchmarkError where GPUs cannot be named."""
     if device == "cuda":
         try:
-            status, out, _ = _gpu_info.run_command(
-                ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], DEADLINE
+            status, out, error = _gpu_info.run_command(
+                ["nvidia-smi", "--query-gpu=index,name,driver_version", "--format=csv,noheader"], DEADLINE
             )
-        except (OSError, TimeoutError):
-            status, out = 1, ""
-        rows = [line.split(", ") for line in out.splitlines() if ", " in line] if status == 0 else []
-        if rows:
-            return {"hardware": f"{len(rows)} x {rows[0][0]}", "driver": rows[0][1]}
-        return {"hardware": "unknown GPUs", "driver": ""}
+        except OSError as problem:  # TimeoutError is one
+            raise BenchmarkError(f"wanted the names of the GPUs, found: {problem}") from problem
+        cells = [[cell.strip() for cell in line.split(",")] for line in out.splitlines()]
+        # Whatever its exit status: that one GPU fell off the bus says nothing of the others.
+        rows = [row for row in cells if len(row) == 3 and row[0].isdigit() and not _gpu_info.is_failure(row[1])]
+        if not rows:
+            why = _gpu_info.explain(status or 6, out + error).sentence
+            raise BenchmarkError(f"wanted the names of the GPUs from nvidia-smi, found none: {why}")
+        kinds = collections.Counter(name for _, name, _ in rows)
+        return {"hardware": ", ".join(f"{count} x {name}" for name, count in kinds.items()), "driver": rows[0][2]}
     with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as stream:
         names = [line.partition(":")[2].strip() for line in stream if line.startswith("model name")]
     return {"hardware": f"{os.cpu_count()} x {names[0] if names else 'CPU'}", "driver": ""}

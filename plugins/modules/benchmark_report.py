@@ -48,7 +48,9 @@ options:
     type: path
     required: true
   save_baseline:
-    description: Store these figures as the baseline. Refused where the engines were not alone.
+    description: >-
+      Store these figures as the baseline, beside those of paths and scenarios that are not in this run. Where the
+      engines were not alone, or with fewer than 3 repetitions, it is not stored, and RV(problems) says why.
     type: bool
     default: false
   threshold:
@@ -88,7 +90,7 @@ summary:
   returned: success
   type: str
 problems:
-  description: A sentence with the figures for each that is worse than the baseline.
+  description: A sentence with the figures for each that is worse than the baseline, and why no baseline was stored.
   returned: success
   type: list
   elements: str
@@ -115,7 +117,7 @@ from ansible.module_utils.basic import AnsibleModule, missing_required_lib
 from ansible_collections.nvl.vllm.plugins.module_utils import _benchmark_baseline as baselines
 from ansible_collections.nvl.vllm.plugins.module_utils._benchmark_html import page
 from ansible_collections.nvl.vllm.plugins.module_utils._benchmark_output import markdown, summary
-from ansible_collections.nvl.vllm.plugins.module_utils._benchmark_report import problems, report
+from ansible_collections.nvl.vllm.plugins.module_utils._benchmark_report import problems, refusal, report
 from ansible_collections.nvl.vllm.plugins.module_utils._json_file import read_object, write_object
 
 try:
@@ -149,20 +151,19 @@ def main() -> None:
     root = os.path.abspath(params["directory"])
     baseline = os.path.join(root, "baselines", f"{baselines.key_of(labels)}.json")
     try:
+        then = read_object(baseline)
         found = report(
-            *(params["host"], params["results"], labels, params["settings"]),
-            *(read_object(baseline), params["threshold"]),
+            *(params["host"], params["results"], labels, params["settings"], params["arguments"]),
+            *(then, params["threshold"]),
         )
-        if params["save_baseline"] and not found["alone"]:
-            module.fail_json(
-                msg=f"{params['host']}: wanted a baseline of engines that were alone, found: "
-                f"{'; '.join(found['notes'])}; run it again when nobody else asks them"
-            )
-        found["baseline"]["stored"] = params["save_baseline"]
+        # Minutes of load are in this report: it is written whether it makes a baseline or not.
+        if params["save_baseline"]:
+            found["baseline"]["refused"] = refusal(found)
+            found["baseline"]["stored"] = not found["baseline"]["refused"]
         directory = os.path.join(root, params["host"])
         if not module.check_mode:
-            if params["save_baseline"]:
-                write_object(baseline, stored(found))
+            if found["baseline"]["stored"]:
+                write_object(baseline, stored(found, then))
             write_object(os.path.join(directory, "latest.json"), found)
             for name, text in (("latest.html", page(found, pictures(found))), ("latest.md", markdown(found))):
                 write(os.path.join(directory, name), text)
@@ -193,11 +194,12 @@ def labels_of(params: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def stored(found: dict[str, Any]) -> dict[str, Any]:
-    """What a baseline keeps of a report."""
+def stored(found: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
+    """What a baseline keeps of a report, beside what it had of paths and scenarios that this one does not have."""
     return {
         "schema": baselines.SCHEMA,
-        **{key: found[key] for key in ("time", "host", "labels", "settings", "metrics")},
+        **{key: found[key] for key in ("time", "host", "labels", "settings")},
+        "metrics": baselines.merged(then.get("metrics", {}), found["metrics"]),
     }
 
 

@@ -69,9 +69,12 @@ def test_users_end_where_an_engine_is_full(kv_tokens, max_num_seqs, tokens, cap,
 
 
 def test_the_first_request_of_a_group_is_cold():
-    groups = benchmark.cold_and_warm(CAPTURED["ttfts"], 2)
+    groups = benchmark.cold_and_warm(CAPTURED["ttfts"], CAPTURED["latencies"], 2)
     assert [round(group["cold_ms"]) for group in groups] == [387, 389, 347]
     assert [round(group["warm_ms"][0]) for group in groups] == [55, 48, 49]
+    # The whole requests, of four tokens each.
+    assert [round(group["cold_e2e_ms"]) for group in groups] == [409, 410, 375]
+    assert [round(group["warm_e2e_ms"][0]) for group in groups] == [86, 80, 76]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +114,20 @@ def test_probes_of_one_token_are_no_company(requests, tokens, other):
     assert benchmark.disturbed(benchmark.others(run, counters)) is other
 
 
-def path_of(sequential, parallel, rates=(10.0, 30.0, 20.0)):
+def group_of(cold, *warm):
+    """First tokens (ms); the whole requests take 100 ms more."""
+    return {
+        "cold_ms": cold, "warm_ms": list(warm), "cold_e2e_ms": cold + 100, "warm_e2e_ms": [each + 100 for each in warm],
+    }  # fmt: skip
+
+
+def prefix_run(*groups):
+    """One that warms up comes first."""
+    hits = {"hits": 60, "queries": 100, "expected_hits": 60, "other_tokens": 0}
+    return {"groups": [group_of(9999.0, 1.0, 1.0), *groups], **hits}
+
+
+def path_of(sequential, parallel, rates=(10.0, 30.0, 20.0), prefixes=None):
     def step(scenario, name, seconds, rate=1.0):
         runs = [
             {**figures, **latencies, "seconds": each, "requests": 4, "output_tokens_per_s": rate} for each in seconds
@@ -122,12 +138,7 @@ def path_of(sequential, parallel, rates=(10.0, 30.0, 20.0)):
     latencies = {key: {"p50": 1.0, "p95": 2.0, "p99": 3.0} for key in benchmark.LATENCIES}
     prefix = {
         "scenario": "prefix", "name": "prefix", "users": 1, "input_tokens": 2000, "group": 3, "output_tokens": 4,
-        "runs": [
-            {
-                "groups": [{"cold_ms": 9999.0, "warm_ms": [1.0, 1.0]}, {"cold_ms": 400.0, "warm_ms": [100.0, 50.0]}],
-                "hits": 60, "queries": 100, "expected_hits": 60, "other_tokens": 0,
-            }
-        ],
+        "runs": prefixes or [prefix_run(group_of(400.0, 100.0, 50.0))],
     }  # fmt: skip
     steps = [
         step("parallel", "sequential", sequential),
@@ -147,9 +158,19 @@ def test_the_speed_up_is_the_median_of_pairs():
 def test_the_first_group_warms_up_and_counts_for_hits_alone():
     found = benchmark.judge_prefix(path_of([1.0], [1.0]))
     assert found["cold_ms"] == {"median": 400.0, "min": 400.0, "max": 400.0}
-    assert found["warm_ms"] == {"median": 75.0, "min": 50.0, "max": 100.0}
+    assert found["warm_ms"] == {"median": 75.0, "min": 75.0, "max": 75.0}
     assert found["speedup"]["median"] == pytest.approx(5.333)
+    assert found["e2e_speedup"]["median"] == pytest.approx(500 / 175, abs=0.001)
+    assert found["output_tokens"] == 4
     assert (found["hits"], found["hit_rate"], found["match"]) == (60, 0.6, True)
+
+
+def test_the_spread_of_a_prefix_is_that_of_its_repetitions_and_not_of_single_requests():
+    slow_request = prefix_run(group_of(400.0, 50.0, 50.0), group_of(2000.0, 50.0, 900.0), group_of(400.0, 50.0, 50.0))
+    others = [prefix_run(group_of(cold, warm, warm)) for cold, warm in ((410.0, 52.0), (390.0, 48.0))]
+    found = benchmark.judge_prefix(path_of([1.0], [1.0], prefixes=[slow_request, *others]))
+    assert found["cold_ms"] == {"median": 400.0, "min": 390.0, "max": 410.0}
+    assert found["warm_ms"] == {"median": 50.0, "min": 48.0, "max": 52.0}
 
 
 def test_the_best_level_is_the_one_with_the_most_output():

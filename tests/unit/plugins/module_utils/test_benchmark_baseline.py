@@ -77,6 +77,26 @@ def test_change_above_zero_is_better_whatever_the_unit():
     assert {row["name"]: row["change"] for row in rows} == {"rate": 10.0, "time": -10.0}
 
 
+def test_of_a_part_the_rest_of_a_baseline_stays():
+    def one(path, scenario, median):
+        return {**figure(median, median, median), "path": path, "scenario": scenario}
+
+    then = {
+        "a: sequential": one("a", "parallel", 1),
+        "a: 1 user, output": one("a", "sweep", 2),
+        "a: 64 users, output": one("a", "sweep", 3),
+        "b: 1 user, output": one("b", "sweep", 4),
+    }
+    # The sweep of a ends at another level now.
+    now = {"a: 1 user, output": one("a", "sweep", 5)}
+    found = baseline.merged(then, now)
+    assert {name: each["median"] for name, each in found.items()} == {
+        "a: sequential": 1,
+        "a: 1 user, output": 5,
+        "b: 1 user, output": 4,
+    }
+
+
 def test_a_sentence_has_both_figures():
     (row,) = baseline.compare({"x": figure(80, 78, 82)}, {"x": figure(100, 98, 102)}, 10)
     assert baseline.sentence(row) == "x: 80 tokens/s (78 to 82), was 100 (98 to 102): 20 % worse"

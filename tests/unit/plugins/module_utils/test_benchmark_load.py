@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import signal
 import sys
 import textwrap
 import time
@@ -137,6 +138,34 @@ def test_a_vllm_without_its_benchmark_is_named(root, scratch, tmp_path):
 def test_without_a_release_there_is_no_benchmark(tmp_path, scratch):
     with pytest.raises(load.BenchmarkError, match=r"run site\.yml"):
         running(tmp_path / "none", scratch).__enter__()
+
+
+def test_a_user_that_is_not_there_is_named(root, scratch):
+    bench = load.Load(str(root), "nobody-of-that-name", load.Files(str(scratch), "/srv/model"), 60.0)
+    with pytest.raises(load.BenchmarkError, match=r"wanted a user nobody-of-that-name on this host.*run site\.yml"):
+        bench.__enter__()
+
+
+def test_a_process_that_has_ended_is_no_broken_pipe(root, scratch):
+    with running(root, scratch) as bench:
+        os.killpg(bench._process.pid, signal.SIGKILL)
+        bench._process.wait()
+        with pytest.raises(load.BenchmarkError, match=r"the process that runs vllm bench serve ended \(-9\)"):
+            bench.run(QUESTION, [Endpoint("a", "http://127.0.0.1:1")], "gpt", 10)
+
+
+@pytest.mark.parametrize("place", ["link", "pipe", "directory"])
+def test_root_opens_nothing_that_the_loads_user_put_in_a_files_place(tmp_path, place):
+    secret = tmp_path / "shadow"
+    secret.write_text("root:s3cr3t")
+    path = tmp_path / "1.log"
+    {"link": lambda: path.symlink_to(secret), "pipe": lambda: os.mkfifo(path), "directory": path.mkdir}[place]()
+    assert load._tail(str(path)) == "no output"
+    run = {"result": str(path), "log": str(path)}
+    bench = load.Load("/nonexistent", ME, load.Files(str(tmp_path), "/srv/model"), 60.0)
+    with pytest.raises(load.BenchmarkError) as caught:
+        bench._taken(run, 0, Endpoint("a", "http://127.0.0.1:1"))
+    assert "s3cr3t" not in str(caught.value)
 
 
 class Gone(BaseException):

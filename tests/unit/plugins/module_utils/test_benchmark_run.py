@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import shutil
@@ -13,7 +14,7 @@ from ansible_collections.nvl.vllm.plugins.module_utils._benchmark_load import Be
 from ansible_collections.nvl.vllm.plugins.module_utils._openai import Endpoint
 
 MODEL = "gpt-oss-120b"
-CACHES = {"primary": {"block_size": 128, "kv_tokens": 16131}}
+CACHES = {"primary": {"block_size": 128, "kv_tokens": 16131, "max_model_len": 4096}}
 SMALL = {"parallel_requests": 2, "prefix_tokens": 300, "prefix_groups": 1, "prefix_group": 2, "sweep_limit": 2}
 
 
@@ -99,7 +100,9 @@ def test_hits_are_counted_beside_the_arithmetic(fake_vllm):
     found = steps[0]["runs"][0]
     # Two groups of two, one of them to warm up; 300 tokens are two whole blocks of 128.
     assert (found["hits"], found["expected_hits"], found["queries"]) == (512, 512, 4 * 340)
-    assert found["groups"] == [{"cold_ms": 400.0, "warm_ms": [100.0]}] * 2
+    assert (
+        found["groups"] == [{"cold_ms": 400.0, "warm_ms": [100.0], "cold_e2e_ms": 1000.0, "warm_e2e_ms": [1000.0]}] * 2
+    )
 
 
 def test_requests_of_others_are_told(fake_vllm, monkeypatch):
@@ -131,15 +134,49 @@ def test_engines_together_share_no_cache_to_look_at(make_fake_vllm):
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ({"repetitions": 0}, "1 repetition or more"),
-        ({"prefix_group": 1}, "groups of 2 requests"),
-        ({"sweep_input_tokens": 40}, "wanted sweep_input_tokens above 40, found 40"),
+        ({"repetitions": 0}, "wanted repetitions of 1 or more, found 0"),
+        ({"prefix_group": 1}, "wanted prefix_group of 2 or more"),
+        ({"parallel_requests": 1}, "wanted parallel_requests of 2 or more, found 1"),
+        ({"sweep_requests_per_user": 0}, "wanted sweep_requests_per_user of 1 or more"),
+        ({"sweep_output_tokens": 0}, "wanted sweep_output_tokens of 1 or more"),
+        ({"sweep_input_tokens": 40}, "wanted sweep_input_tokens of 41 or more, found 40"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(fake_vllm, host, numbers, message):
     with pytest.raises(BenchmarkError, match=message):
         run.benchmark(path_to(fake_vllm), wanted(**numbers), MODEL, host)
     assert fake_vllm.requests == []
+
+
+def told_by(length):
+    return lambda engine: ("0.32.0", {**CACHES["primary"], "max_model_len": length})
+
+
+@pytest.mark.parametrize(
+    ("scenario", "length", "message"),
+    [
+        ("parallel", 255, "parallel_output_tokens and the question within max-model-len 255, found 256 tokens"),
+        ("prefix", 343, "prefix_tokens, prefix_output_tokens and 40 within max-model-len 343, found 344 tokens"),
+        ("sweep", 383, "sweep_input_tokens and sweep_output_tokens within max-model-len 383, found 384 tokens"),
+    ],
+)
+def test_requests_that_are_too_long_are_refused_before_any_load(
+    fake_vllm, host, monkeypatch, scenario, length, message
+):
+    monkeypatch.setattr(run._benchmark_watch, "engine_of", told_by(length))
+    with pytest.raises(BenchmarkError, match=message):
+        run.benchmark(path_to(fake_vllm), wanted(scenario), MODEL, host)
+    assert os.listdir(host.directory) == []
+
+
+@pytest.mark.parametrize("length", [0, 384])
+def test_what_just_fits_or_is_not_known_is_not_refused(length):
+    run._refuse_lengths(wanted("sweep"), length)
+
+
+def test_every_number_has_a_least_value():
+    numbers = {field.name for field in dataclasses.fields(run.Wanted)} - {"scenarios", "max_num_seqs"}
+    assert set(run.LEAST) == numbers
 
 
 def test_an_engine_that_does_not_serve_is_refused_before_any_load(fake_vllm, host):
@@ -162,7 +199,7 @@ def test_a_full_disk_is_refused(fake_vllm, host, monkeypatch):
 
 
 def test_two_benchmarks_at_once_are_refused(fake_vllm, host, monkeypatch):
-    monkeypatch.setattr(run._benchmark_watch, "cache_of", lambda _: CACHES["primary"])
+    monkeypatch.setattr(run._benchmark_watch, "engine_of", told_by(4096))
     with open(os.path.join(host.directory, ".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(BenchmarkError, match="found another benchmark on this host"):

@@ -6,6 +6,7 @@ import time
 
 import pytest
 from ansible_collections.nvl.vllm.plugins.module_utils import _benchmark_watch as watch
+from ansible_collections.nvl.vllm.plugins.module_utils._drift_engine import parse_cache_info
 from ansible_collections.nvl.vllm.plugins.module_utils._openai import Endpoint, EndpointError
 
 CACHE = 'vllm:cache_config_info{block_size="128",kv_cache_size_tokens="16131"} 1.0'
@@ -31,12 +32,44 @@ def test_without_nvidia_smi_there_are_no_gpus(monkeypatch, tmp_path):
     assert watch.read_gpus() == []
 
 
-def test_the_cache_tells_block_and_size(fake_vllm, monkeypatch):
+@pytest.mark.parametrize("length", [4096, None])
+def test_an_engine_tells_version_cache_and_longest_request(fake_vllm, monkeypatch, length):
     endpoint = Endpoint("primary", fake_vllm.url)
     with pytest.raises(EndpointError, match="wanted block_size and kv_cache_size_tokens"):
-        watch.cache_of(endpoint)
-    monkeypatch.setattr(watch._openai, "get", lambda *_: CACHE.encode())
-    assert watch.cache_of(endpoint) == {"block_size": 128, "kv_tokens": 16131}
+        watch.engine_of(endpoint)
+    models = [{"id": "gpt-oss-120b", **({"max_model_len": length} if length else {})}]
+    told = {"version": "0.32.0", "models": models, "cache": parse_cache_info(CACHE)}
+    monkeypatch.setattr(watch, "read_engine", lambda *_: told)
+    caches = {"block_size": 128, "kv_tokens": 16131, "max_model_len": length or 0}
+    assert watch.engine_of(endpoint) == ("0.32.0", caches)
+
+
+@pytest.mark.parametrize(
+    ("bits", "words"),
+    [
+        (None, []),
+        (0x1, []),
+        (0x4, []),
+        (0x48, ["it is too hot (hardware)"]),
+        (0x8, ["the hardware slows it down"]),
+        (0xA0, ["it is too hot (driver)", "the power supply asks for less (power brake)"]),
+    ],
+)
+def test_lowered_clocks_have_their_reasons_in_words(bits, words):
+    assert watch.slowed(bits) == words
+
+
+def test_of_a_gpu_that_is_lost_the_others_are_still_read():
+    rows = watch.read_gpus(lambda argv, timeout: (15, "0, 97, 81920, 398.71, 0x0000000000000004\n", "GPU is lost"))
+    assert [row["gpu"] for row in rows] == [0]
+
+
+@pytest.mark.parametrize("error", [TimeoutError(), FileNotFoundError(), PermissionError()])
+def test_an_nvidia_smi_that_does_not_answer_tells_of_no_gpu(error):
+    def run(argv, timeout):
+        raise error
+
+    assert watch.read_gpus(run) == []
 
 
 def test_an_engine_is_looked_at_until_the_end(fake_vllm, monkeypatch):
