@@ -257,7 +257,7 @@ def test_an_engine_with_too_small_a_cache(host: Host, doctor: Doctor, api_key: s
     third = {"name": "third", "port": THIRD, "arguments": {**inherited, **arguments}}
     try:
         host.run_expect([0], "timeout 180 systemctl start vllm@third.service")
-        with under_load(host, api_key, THIRD, 12, {THIRD: 2}, max_tokens=700) as statuses:
+        with under_load(host, api_key, THIRD, 8, {THIRD: 2}, max_tokens=400) as statuses:
             # Whoever loses its place gives back all of its blocks, so that the cache is not full at each look.
             limits = {"kv_usage": 0.8}
             assert doctor.run(vllm_instances=[*DECLARED, third], vllm_doctor_limits=limits) == SICK, doctor.shown
