@@ -11,6 +11,8 @@ What tells the two apart are the series of ``/metrics`` that only the engine its
 - Nothing runs: nothing can move. A canary every ``idle_canary_interval``; two failures in a row are a hang.
 - Nothing runs, and clients stay connected: an engine that hung just then does not know of their requests. A canary
   after ``stall_seconds``; one that had no answer in time is a hang.
+- ``/metrics`` does not come in time: that says nothing of the engine, as the API server may be busy. The next look
+  waits ``silence_timeout``, and only a server that is silent for all of that hangs.
 
 A Watch takes what was seen of one engine and when, and says what follows as Decisions. A Ledger knows the restarts and
 whether there may be one more. All times are seconds; ``now`` is any clock that only goes forward, ``wall`` is the time
@@ -56,6 +58,7 @@ class Thresholds:
 
     poll_interval: float = 1.0
     metrics_timeout: float = 2.0
+    silence_timeout: float = 10.0
     stall_seconds: float = 3.0
     canary_timeout: float = 4.0
     idle_canary_interval: float = 10.0
@@ -157,9 +160,11 @@ class Watch:
         self._clients: frozenset[str] = frozenset()
         self._waited_for = False  # the same client was connected at this look and at the one before
         self._blind = False
+        self._silent = False  # the last look had no answer in time
         self._moving_since: float | None = None  # first of the looks that all saw progress
         self._canary_ended = -math.inf
         self._failures = 0  # of canaries in a row, without progress meanwhile
+        self._failed_first = -math.inf  # when the first of them ended
         self._unjudged = ""  # why the last of them failed, until the next look
         self._good = 0
         self._restart_from = now  # since when nothing moved in a hang, or the last try to end it
@@ -171,6 +176,7 @@ class Watch:
         """Take the result of a look that began at ``began``, and what follows from it."""
         decisions = self._drained(look.drain)
         self.unit = look.unit
+        patient, self._silent = self._silent, look.kind == "silent"
         moved = self._take(look, now)
         # A unit starts until the gateway sends to it, so an engine that answers before that is judged like any other.
         answers = look.kind in ("answered", "blind")
@@ -184,6 +190,8 @@ class Watch:
             decisions.append(self._decide("note", f"hangs cannot be told from load: {look.reason}"))
         if moved and self._moved_enough(now):
             return decisions + self._enter(UP, "tokens come out", now)
+        if self._silent and not patient:
+            return decisions  # perhaps it was only late
         return decisions + self._judge(began, now)
 
     def canary_begins(self, now: float) -> None:
@@ -199,6 +207,7 @@ class Watch:
         if canary.kind == "failed":
             # Tokens came out while it waited: it only stood in a long queue.
             if began is None or self.last_progress <= began:
+                self._failed_first = self._failed_first if self._failures else now
                 self._failures += 1
                 self._unjudged = canary.reason
                 self._good = 0
@@ -220,6 +229,10 @@ class Watch:
         return decisions
 
     # What is to be done.
+
+    def look_seconds(self) -> float:
+        """How long the next look may take."""
+        return self.thresholds.silence_timeout if self._silent else self.thresholds.metrics_timeout
 
     def wants_canary(self, now: float) -> bool:
         """Whether to send a canary now."""
@@ -330,9 +343,10 @@ class Watch:
         """Whether the canary that failed means a hang.
 
         Only a look that began after its end can tell: where the whole host stood still, canary and look of that time
-        have both run out, and the engine is well.
+        have both run out, and the engine is well. A look that waits for silence outlasts a canary, and more are sent
+        meanwhile: for it the first of those that failed counts.
         """
-        if began < self._canary_ended:
+        if began < (self._failed_first if self._silent else self._canary_ended):
             return []
         failure, self._unjudged = self._unjudged, ""
         # A blind look cannot tell a hang from a queue, so the benefit of the doubt is the engine's.

@@ -329,7 +329,7 @@ class Daemon:
         while True:
             wake.clear()  # before the look: a canary that ends during it is judged by another one
             began = time.monotonic()
-            look = await self._blocking(look_at, endpoint, self.thresholds.metrics_timeout)
+            look = await self._blocking(look_at, endpoint, watch.look_seconds())
             unit = await self._blocking(self._unit_state, item.unit) if watch.wants_unit(look.kind) else ""
             # Nothing waits between this and the verdict, so the watch knows whether a canary is among the clients.
             clients = clients_of(port) if look.kind == "answered" and not look.counters[RUNNING] else frozenset()
@@ -477,7 +477,7 @@ class Daemon:
 
     async def _notify(self) -> None:
         """Ready, then alive as long as every engine is looked at."""
-        stuck = STUCK_SECONDS + self.thresholds.poll_interval + self.thresholds.metrics_timeout
+        stuck = STUCK_SECONDS + self.thresholds.poll_interval + self.thresholds.silence_timeout
         with open(self.paths.started, "w", encoding="utf-8") as stream:
             stream.write(digest(self.paths))
         notify("READY=1", self.environment)

@@ -156,7 +156,7 @@ def test_a_long_prompt_moves_only_the_kv_cache():
 
 def test_a_look_from_before_the_canarys_end_does_not_judge():
     """The whole host stood still: the look that was under way then proves nothing."""
-    story = Story().up().look(counters(), 4.0)
+    story = Story().up().look(SILENT, 4.0)
     began = story.now + 1
     story.canary(FAILED, 4.0)
     story.watch.observe(SILENT, began, story.now)
@@ -165,9 +165,39 @@ def test_a_look_from_before_the_canarys_end_does_not_judge():
     assert story.watch.state == "up"
 
 
-def test_a_silent_server_hangs_after_one_canary():
+def test_a_server_that_stays_silent_hangs():
     story = Story().up()
-    story.look(SILENT, 4.0).canary(FAILED, 4.0).look(SILENT, 2.0)
+    story.look(SILENT, 4.0).canary(FAILED, 4.0).look(SILENT, 10.0)
+    assert story.watch.state == "hung"
+
+
+def test_canaries_that_end_while_a_look_waits_do_not_put_off_the_verdict():
+    story = Story().up().look(SILENT, 4.0).canary(FAILED, 4.0)
+    began = story.now
+    story.canary(FAILED, 4.0).canary(FAILED, 4.0)
+    story.watch.observe(SILENT, began, story.now + 2.0)
+    assert story.watch.state == "hung"
+
+
+def test_a_server_that_is_late_is_given_more_time_and_not_ejected():
+    """It is busy with its clients: canaries fail, and every look that waits for it sees tokens."""
+    story = Story().up()
+    assert story.watch.look_seconds() == Thresholds().metrics_timeout
+    for tokens in range(101, 110):
+        story.look(SILENT, 4.0).canary(FAILED, 4.0)
+        assert story.watch.look_seconds() == Thresholds().silence_timeout
+        story.look(counters(tokens), 9.0)
+        assert story.watch.look_seconds() == Thresholds().metrics_timeout
+    # One late look and a canary that failed are no hang.
+    story.look(counters(110), 1.0).look(counters(110), 4.0).canary(FAILED, 4.0).look(SILENT, 2.0)
+    assert story.watch.state == "up"
+    assert not story.watch.wants_restart(story.now + 1000.0)
+    assert story.made() == []
+
+
+def test_a_server_that_was_late_and_shows_no_token_hangs():
+    story = Story().up()
+    story.look(SILENT, 4.0).canary(FAILED, 4.0).look(counters(), 5.0)
     assert story.watch.state == "hung"
 
 

@@ -33,6 +33,7 @@ from ansible_collections.nvl.vllm.plugins.module_utils._agent_daemon import (
 QUICK = {
     "poll_interval": 0.1,
     "metrics_timeout": 0.5,
+    "silence_timeout": 1.0,
     "stall_seconds": 0.4,
     "canary_timeout": 0.5,
     "idle_canary_interval": 0.3,
@@ -559,11 +560,20 @@ def test_the_watchdog_is_not_fed_while_an_engine_is_not_looked_at(host, fake_vll
     monkeypatch.setattr(_agent_daemon, "NOTIFY_INTERVAL", 0.02)
     agent = host.start(host.engine("primary", fake_vllm.url))
     until(lambda: told.count("WATCHDOG=1") >= 3)
+    begun, end = threading.Event(), threading.Event()
+
+    def stuck(*_):
+        begun.set()
+        end.wait(PATIENCE)
+        return _agent_daemon.Look("silent")
+
+    monkeypatch.setattr(_agent_daemon, "look_at", stuck)
+    assert begun.wait(PATIENCE)
     monkeypatch.setattr(agent.daemon, "_looked", {"primary": time.monotonic() - 1000})
-    monkeypatch.setattr(_agent_daemon, "look_at", lambda *_: time.sleep(1) or _agent_daemon.Look("silent"))
     time.sleep(0.2)
     before = len(told)
     time.sleep(0.3)
+    end.set()
     assert len(told) == before
 
 
