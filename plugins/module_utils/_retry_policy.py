@@ -5,25 +5,27 @@ one with asyncio. So there is no clock, no waiting and no network here, and no o
 
 - Requests go round the healthy endpoints. An endpoint that fails leaves the round at once; an answer or
   a passed health check brings it back. When none is healthy, all are tried.
-- A failed request moves to an endpoint that it has not tried, at once. Only when it has tried them all
-  does it wait.
+- A failed request moves to an endpoint that it has not tried, at once. One that failed it gets it again only
+  after a pause, which ends early when that endpoint comes back.
 - After the first piece of output nothing is repeated: the user has seen half an answer.
 - A request that the server rejects (4xx other than 408 and 429) would be rejected again.
 - A request that an engine took and failed with may be what the engine died of. It gets ``repeats``
   further chances, so that it cannot take down one engine after the other.
-- An endpoint that asks for a rest (Retry-After) has it, while another one is there.
+- An endpoint that asks for a rest (Retry-After) has it, LONGEST_REST at most or until a health check brings it
+  back. A request goes where it may go first.
 
 All times are seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 OVERLOADED = (408, 429)  # rejected for now, and nothing against the request or the endpoint
 NOT_TAKEN = (*OVERLOADED, 503)  # turned away before an engine began with it
+LONGEST_REST = 60.0  # a server that asks for more guesses: it may be asked again after this
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,14 @@ class Standing:
         self.events = 0
         self.not_before = 0.0  # the moment, on the client's clock, until which it wants to be left alone
 
+    def rest(self, now: float, seconds: float) -> None:
+        """Leave it alone for so long, as it asks for."""
+        self.not_before = max(self.not_before, now + min(seconds, LONGEST_REST))
+
+    def came_back(self, seen: int) -> bool:
+        """Whether it has recovered since it had seen so many events."""
+        return self.healthy and self.events != seen
+
     def mark(self, healthy: bool, seen: int) -> bool:
         """Note what was learnt by something that began at ``seen``; whether it was news."""
         if seen != self.events or (healthy and self.healthy):
@@ -120,13 +130,25 @@ class Standing:
 Member = TypeVar("Member", bound=Standing)
 
 
-def choose(members: Sequence[Member], tried: Container[Member], now: float = 0.0) -> Member:
-    """The next endpoint for a request: not tried yet, then not resting, then healthy, then whose turn it is."""
-    member = min(members, key=lambda each: (each in tried, each.not_before > now, not each.healthy, each.turn))
+def ready(member: Member, tried: Mapping[Member, int], resume: float) -> float:
+    """The moment from which a request may ask an endpoint: ``resume``, its next pause's end, where that one failed it.
+
+    ``tried`` are the endpoints that failed it, and how many events each had seen when it was asked.
+    """
+    waits = member in tried and not member.came_back(tried[member])
+    return max(member.not_before, resume if waits else 0.0)
+
+
+def choose(members: Sequence[Member], tried: Mapping[Member, int], now: float = 0.0, resume: float = 0.0) -> Member:
+    """The endpoint for a request: the first that is ready, then not tried yet, then healthy, then whose turn it is."""
+    member = min(
+        members,
+        key=lambda each: (max(now, ready(each, tried, resume)), each in tried, not each.healthy, each.turn),
+    )
     member.turn = 1 + max(each.turn for each in members)
     return member
 
 
 def recovered(tried: Mapping[Member, int]) -> bool:
     """Whether one of the tried endpoints, with their events at that time, has come back since."""
-    return any(member.healthy and member.events != seen for member, seen in tried.items())
+    return any(member.came_back(seen) for member, seen in tried.items())

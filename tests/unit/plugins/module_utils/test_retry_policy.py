@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 from ansible_collections.nvl.vllm.plugins.module_utils._retry_policy import (
+    LONGEST_REST,
     Failure,
     RetryRules,
     Standing,
     choose,
     doubling,
+    ready,
     recovered,
 )
 
@@ -91,28 +93,54 @@ def test_the_round_goes_over_the_healthy():
 def test_an_untried_endpoint_comes_before_a_tried_one_even_if_it_looks_unhealthy():
     a, b = members = [Standing(), Standing()]
     b.mark(False, b.events)
-    assert choose(members, {a}) is b
-    assert choose(members, {a, b}) is a
+    assert choose(members, {a: a.events}) is b
+    assert choose(members, {a: a.events, b: b.events}) is a
 
 
 def test_all_are_tried_when_none_is_healthy():
     a, b = members = [Standing(), Standing()]
     for member in members:
         member.mark(False, member.events)
-    assert [choose(members, set()) for _ in range(2)] == [a, b]
+    assert [choose(members, {}) for _ in range(2)] == [a, b]
 
 
 def test_an_endpoint_that_wants_a_rest_has_it_while_another_is_there():
     a, b = members = [Standing(), Standing()]
-    a.not_before = 10.0
-    assert [choose(members, set(), now) for now in (0.0, 9.0, 10.0)] == [b, b, a]
-    assert choose(members, {b}, 0.0) is a  # the only one left
+    a.rest(0.0, 10.0)
+    assert [choose(members, {}, now) for now in (0.0, 9.0, 10.0)] == [b, b, a]
+
+
+def test_the_first_that_is_ready_is_asked():
+    a, b = members = [Standing(), Standing()]
+    a.rest(0.0, 10.0)
+    tried = {b: b.events}
+    assert choose(members, tried, 0.0, resume=2.0) is b  # after its pause, and long before the other
+    assert choose(members, tried, 0.0, resume=16.0) is a  # after its rest
+    assert [ready(each, tried, 2.0) for each in members] == [10.0, 2.0]
+
+
+def test_an_endpoint_that_came_back_needs_no_pause():
+    _a, b = members = [Standing(), Standing()]
+    tried = {each: each.events for each in members}
+    for each in members:
+        each.mark(False, each.events)
+    b.mark(True, b.events)
+    assert [ready(each, tried, 2.0) for each in members] == [2.0, 0.0]
+    assert choose(members, tried, 0.0, resume=2.0) is b
+
+
+def test_a_rest_has_a_limit_and_is_never_made_shorter_by_another_answer():
+    endpoint = Standing()
+    endpoint.rest(5.0, 1e12)
+    assert endpoint.not_before == 5.0 + LONGEST_REST
+    endpoint.rest(6.0, 1.0)
+    assert endpoint.not_before == 5.0 + LONGEST_REST
 
 
 def test_a_recovery_ends_the_rest():
     endpoint = Standing()
     endpoint.mark(False, endpoint.events)
-    endpoint.not_before = 10.0
+    endpoint.rest(0.0, 10.0)
     endpoint.mark(True, endpoint.events)
     assert endpoint.not_before == 0.0
 
