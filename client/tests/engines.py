@@ -26,6 +26,7 @@ class Engine:
         self.requests: list[dict[str, Any]] = []  # of users
         self.probed = 0
         self.headers: list[str] = []
+        self.go = asyncio.Event()  # for what a behaviour waits for
         self.running = self.peak = self.disconnects = 0
         self.server: asyncio.Server | None = None
         self.port = 0
@@ -44,6 +45,7 @@ class Engine:
             self.server = None
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked = 0  # by a user
         try:
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             self.headers.append(head)
@@ -53,9 +55,10 @@ class Engine:
                 self.probed += 1
                 behaviour = self.probes
             else:
+                asked = 1
                 self.requests.append(body)
                 behaviour = self.script.pop(0) if self.script else self.otherwise
-            self.running += 1
+            self.running += asked
             self.peak = max(self.peak, self.running)
             work = asyncio.ensure_future(behaviour(self, writer, body))
             gone = asyncio.ensure_future(reader.read(1))
@@ -68,7 +71,7 @@ class Engine:
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
-            self.running -= 1
+            self.running -= asked
             writer.close()
 
 
@@ -142,9 +145,12 @@ def says(*parts: bytes, pause: float = 0.0, then: str = "close") -> Behaviour:
     return behave
 
 
-def fails(status: str, **headers: Any) -> Behaviour:
-    body = b'{"error": {"message": "told so", "type": "t", "code": 1}}'
+def whole(body: bytes, status: str = "200 OK", **headers: Any) -> Behaviour:
     return says(head(status, Content_Type="application/json", Content_Length=len(body), **headers) + body)
+
+
+def fails(status: str, **headers: Any) -> Behaviour:
+    return whole(b'{"error": {"message": "told so", "type": "t", "code": 1}}', status, **headers)
 
 
 resets = says(then="reset")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+import agentic_client
 import pytest
 from agentic_client import DualEndpointLLMClient, EndpointConfig, Timeouts, errors
-from agentic_client.events import CallEnded
-from engines import STREAM, WORDS, hangs, piece, resets, says, until
+from agentic_client.events import AttemptFailed, CallEnded, EndpointChanged
+from engines import STREAM, WORDS, event, hangs, piece, resets, says, until, whole
 from pydantic import ValidationError
 
 ASK = [{"role": "user", "content": "Count to three"}]
@@ -103,6 +105,79 @@ def test_closing_ends_calls_under_way(run, state):
     run(test)
 
 
+@pytest.mark.parametrize("first", ["answer", "stream that nobody reads"])
+def test_closing_ends_calls_that_wait_for_a_slot(run, first):
+    async def test(service):
+        service.a.otherwise = hangs if first == "answer" else says(STREAM + piece("one "), then="hang")
+        async with service.client(service.a, max_concurrent=1) as client:
+            pieces = client.chat_completion_stream(ASK)
+            if first == "answer":
+                waiting = [asyncio.create_task(client.chat_completion(ASK))]
+            else:
+                assert await anext(pieces) == "one "
+                waiting = []
+            await until(lambda: len(service.a.requests) == 1)
+            waiting += [asyncio.create_task(client.chat_completion(ASK)) for _ in range(3)]
+            await asyncio.sleep(0)  # they are in the queue
+        for call in waiting:
+            with pytest.raises(errors.ClientClosedError):
+                await call
+        assert len(service.a.requests) == 1
+        await pieces.aclose()
+
+    run(test)
+
+
+def test_closing_ends_a_stream_whose_reader_is_slow(run):
+    async def test(service):
+        async with service.client() as client:
+            pieces = client.chat_completion_stream(ASK)
+            assert await anext(pieces) == "one "
+        with pytest.raises(errors.ClientClosedError):
+            await anext(pieces)
+
+    run(test)
+
+
+def test_closing_ends_calls_that_have_just_begun(run):
+    async def test(service):
+        service.a.otherwise = service.b.otherwise = hangs
+        async with service.client() as client:
+            calls = [asyncio.create_task(client.chat_completion(ASK)) for _ in range(4)]
+            await asyncio.sleep(0)
+        for call in calls:
+            with pytest.raises(errors.ClientClosedError):
+                await call
+
+    run(test)
+
+
+def test_a_call_gives_back_the_slot_that_it_took(run):
+    """Also when the client has begun anew meanwhile, as it does in another event loop."""
+
+    async def test(service):
+        service.a.script = [says(STREAM + piece("one "), then="hang")]
+        service.a.otherwise = says(STREAM + piece("one "), piece(finish="stop"), pause=0.1)
+        async with service.client(service.a, max_concurrent=1) as client:
+            before = client.chat_completion_stream(ASK)
+            await anext(before)
+            client._keeper.cancel()
+            await asyncio.wait([client._keeper])
+
+            async def one():
+                return [chunk async for chunk in client.chat_completion_stream(ASK)]
+
+            call = asyncio.create_task(one())
+            await until(lambda: len(service.a.requests) == 2)
+            with pytest.raises(errors.StreamInterruptedError):
+                await anext(before)
+            service.a.peak = 0
+            await asyncio.gather(call, one(), one())
+            assert service.a.peak == 1
+
+    run(test)
+
+
 def test_a_hook_that_fails_disturbs_nobody(run, caplog):
     async def test(service):
         async with service.client(on_event=lambda _event: 1 / 0) as client:
@@ -127,6 +202,52 @@ def test_neither_logs_nor_errors_hold_the_key_or_the_prompt(run, caplog):
     assert "the connection broke" in caplog.text
     assert "sk-very-secret" not in caplog.text
     assert "Count to three" not in caplog.text
+
+
+ECHO = {"message": "Count to three is no question", "code": 500}
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        whole(json.dumps({"error": ECHO}).encode(), "500 Internal Server Error"),
+        whole(b'{"choices": "Count to three"}'),
+        says(b"HTTP/1.1 2OO Count to three\r\n\r\n"),
+        says(STREAM + event({"error": ECHO})),
+    ],
+    ids=["status", "malformed", "no HTTP", "inside a stream"],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_servers_say_is_in_exceptions_alone(run, caplog, behaviour, stream):
+    """They may repeat a part of the prompt."""
+    caplog.set_level(logging.INFO, "agentic_client")
+
+    async def test(service):
+        for engine in (service.a, service.b):
+            engine.otherwise = engine.probes = behaviour
+        async with service.client(health_interval=0.05) as client:
+            call = anext(client.chat_completion_stream(ASK)) if stream else client.chat_completion(ASK)
+            with pytest.raises(errors.RetriesExhaustedError):
+                await call
+            await until(lambda: service.a.probed > 1)
+        assert len(service.seen(AttemptFailed)) == len(service.seen(EndpointChanged)) == 2
+        assert "Count" not in f"{service.events}"
+
+    run(test)
+    assert "a is out: " in caplog.text
+    assert "Count" not in caplog.text
+
+
+def test_events_and_logs_tell_status_and_reason(run, caplog):
+    async def test(service):
+        service.a.script = [whole(json.dumps({"error": ECHO}).encode(), "500 Internal Server Error")]
+        async with service.client() as client:
+            await client.chat_completion(ASK)
+        (failed,) = service.seen(AttemptFailed)
+        assert (failed.endpoint, failed.error, failed.status, failed.reason) == ("a", "StatusError", 500, "HTTP 500")
+
+    run(test)
+    assert "a is out: HTTP 500" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -160,6 +281,19 @@ def test_replies_have_a_limit(run, options, sent):
         async with service.client(max_tokens=7) as client:
             await client.chat_completion(ASK, **options)
         assert service.a.requests[0].get("max_tokens") == sent
+
+    run(test)
+
+
+@pytest.mark.parametrize("options", [{"n": 2}, {"extra_body": {"n": 2}}])
+def test_a_stream_has_one_choice(run, options):
+    async def test(service):
+        async with service.client() as client:
+            with pytest.raises(ValueError, match="wanted one choice in a stream, found n=2: use chat_completion"):
+                await anext(client.chat_completion_stream(ASK, **options))
+            assert [chunk async for chunk in client.chat_completion_stream(ASK, n=1)] == list(WORDS)
+            await client.chat_completion(ASK, **options)
+        assert len(service.a.requests + service.b.requests) == 2
 
     run(test)
 
@@ -233,11 +367,23 @@ def test_urls_are_checked(url):
 
 @pytest.mark.parametrize(
     ("endpoints", "more"),
-    [([], {}), ([A, A], {}), ([A], {"max_concurrent": 0}), ([A], {"health_interval": 0})],
+    [([], {}), ([A, A], {}), ([A], {"max_concurrent": 0}), ([A], {"health_interval": 0}), ([A], {"health_timeout": 0})],
 )
 def test_arguments_are_checked(endpoints, more):
     with pytest.raises(ValueError, match="wanted"):
         DualEndpointLLMClient(endpoints, "m", **more)
+
+
+def test_a_file_of_certificates_is_read_at_once(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        DualEndpointLLMClient([A], "m", ca_file=str(tmp_path / "none.pem"))
+
+
+def test_all_errors_are_at_the_top():
+    classes = [each for each in vars(errors).values() if isinstance(each, type)]
+    names = {each.__name__ for each in classes if each.__module__ == errors.__name__}
+    assert names | {"RetryRules", "DualEndpointLLMClient"} <= set(agentic_client.__all__)
+    assert all(hasattr(agentic_client, name) for name in agentic_client.__all__)
 
 
 def test_timeouts_are_checked():

@@ -20,7 +20,7 @@ GIVEN = {
         ],
         "api_key_env": "VLLM_API_KEY",
         "timeouts": {"connect": 3, "first_token": 90, "idle": 20, "total": 600},
-        "health_check": {"interval": 15},
+        "health_check": {"interval": 15, "timeout": 5},
         "retry": {"attempts": 2, "backoff_seconds": [1, 3]},
         "max_concurrent": 2,
     },
@@ -47,7 +47,8 @@ def test_everything_in_the_file_is_used(write, monkeypatch):
     client = DualEndpointLLMClient.from_config(write(GIVEN))
     assert [member.endpoint.url for member in client._members] == ["http://gpu1:8001/v1", "http://gpu1:8002/v1"]
     assert client.timeouts.model_dump() == GIVEN["llm"]["timeouts"]
-    assert (client.model_name, client.health_interval, client.max_concurrent) == ("gpt-oss-120b", 15, 2)
+    assert (client.model_name, client.max_concurrent) == ("gpt-oss-120b", 2)
+    assert (client.health_interval, client.health_timeout) == (15, 5)
     assert (client.retry.retries, client.retry.pauses) == (2, (1, 3))
     assert (client.max_tokens, client._key) == (1096, "sk-env")
     assert create_conversation_history(config=write(GIVEN)).window_tokens == 3000
@@ -57,7 +58,8 @@ def test_the_defaults_are_the_guides(write):
     llm = {"model_name": "m", "endpoints": [{"name": "gateway", "url": "http://gpu1:8000/v1"}]}
     config = load_config(write({"llm": llm}))
     assert config.llm.retry.model_dump() == {"attempts": 4, "backoff_seconds": [2, 4, 8, 16]}
-    assert (config.llm.mode, config.llm.health_check.interval, config.llm.max_concurrent) == ("gateway", 30, 4)
+    assert config.llm.health_check.model_dump() == {"interval": 30, "timeout": 10}
+    assert (config.llm.mode, config.llm.max_concurrent) == ("gateway", 4)
     assert (config.conversation.window_tokens, config.conversation.reply_reserve_tokens) == (3072, 1024)
     assert config.llm.read_key() is None
 
@@ -84,6 +86,7 @@ def test_the_key_can_be_in_a_file(write, tmp_path):
         (changed(api_key="sk-inline"), r"llm\.api_key: Extra inputs are not permitted"),
         (changed(timeouts={"idle": 0}), r"llm\.timeouts\.idle: .*greater than 0, found 0"),
         (changed(retry={"attempts": -1}), r"llm\.retry\.attempts: .*found -1"),
+        (changed(health_check={"timeout": 0}), r"llm\.health_check\.timeout: .*greater than 0, found 0"),
         (changed(max_concurrent=0), r"llm\.max_concurrent: .*found 0"),
         (GIVEN | {"conversation": {"window_tokens": 0}}, r"conversation\.window_tokens: .*found 0"),
         (GIVEN | {"conversations": {}}, "conversations: Extra inputs"),
@@ -117,3 +120,13 @@ def test_a_variable_without_a_key(write, monkeypatch):
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     with pytest.raises(ConfigError, match="wanted the key in the variable VLLM_API_KEY, found none"):
         DualEndpointLLMClient.from_config(write(GIVEN))
+
+
+@pytest.mark.parametrize("content", [None, "no certificate"], ids=["absent", "no certificate"])
+def test_a_file_without_certificates(write, monkeypatch, tmp_path, content):
+    monkeypatch.setenv("VLLM_API_KEY", "sk-env")
+    authority = tmp_path / "ca.pem"
+    if content:
+        authority.write_text(content)
+    with pytest.raises(ConfigError, match=rf"llm\.ca_file: wanted a readable PEM file .* in {authority}, found: "):
+        DualEndpointLLMClient.from_config(write(changed(ca_file=str(authority))))

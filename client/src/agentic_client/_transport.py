@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import math
 import ssl
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ from .errors import (
     AttemptError,
     AttemptTimeoutError,
     ConnectError,
+    ConnectTimeoutError,
     MalformedAnswerError,
     StatusError,
 )
@@ -37,6 +39,8 @@ OUTPUT_FIELDS = ("content", "reasoning", "reasoning_content", "tool_calls")
 KEEP_ALIVE_SECONDS = 2.0  # vLLM closes an idle connection after 5 s, and must not do so under a request
 REMEDIES = {401: "; check the API key", 403: "; check the API key", 404: "; check the URL and the model name"}
 MESSAGE_LIMIT = 300  # characters of a server's message that are worth repeating
+# What reading an answer raises that is none; the last of them is of JSON that is too deep.
+UNREADABLE = (ValueError, TypeError, AttributeError, KeyError, RecursionError)
 
 
 class Options(BaseModel):
@@ -69,9 +73,8 @@ class Timeouts(Options):
     """All in seconds.
 
     ``connect``: until there is a connection. ``first_token``: of a stream, from sending the request to its
-    first output, so it must exceed the longest wait in the server's queue and the longest prompt; a health
-    check may take as long. ``idle``: of a stream, between two pieces. ``total``: for the whole call, with its
-    wait for a free slot, retries and pauses.
+    first output, so it must exceed the longest wait in the server's queue and the longest prompt. ``idle``: of a
+    stream, between two pieces. ``total``: for the whole call, with its wait for a free slot, retries and pauses.
     """
 
     connect: PositiveFloat = 5.0
@@ -90,55 +93,63 @@ class Record:
 
 
 class Transport:
-    """The connections to one endpoint, within one event loop."""
+    """The connections to one endpoint, within one event loop.
+
+    ``heard`` is the moment of the last piece of an answer, of whichever request.
+    """
 
     def __init__(
-        self, endpoint: EndpointConfig, model: str, key: str | None, timeouts: Timeouts, ca_file: str | None
+        self, endpoint: EndpointConfig, model: str, key: str | None, timeouts: Timeouts, verify: ssl.SSLContext | bool
     ) -> None:
+        self.heard = -math.inf
         self._name = endpoint.name
         self._model = model
         self._timeouts = timeouts
-        self._running: set[asyncio.Timeout] = set()
+        self._answers: set[asyncio.Timeout] = set()  # of attempts under way: whole answers,
+        self._pieces: set[asyncio.Timeout] = set()  # and the next pieces of streams
         self._client = openai.AsyncOpenAI(
             base_url=endpoint.url,
             api_key=key or "none",  # the SDK wants one, and engines without a key do not look
             max_retries=0,
             timeout=httpx2.Timeout(None, connect=timeouts.connect),
             http_client=openai.DefaultAsyncHttpxClient(
-                verify=ssl.create_default_context(cafile=ca_file) if ca_file else True,
+                verify=verify,
                 limits=httpx2.Limits(keepalive_expiry=KEEP_ALIVE_SECONDS),
             ),
         )
 
     async def aclose(self) -> None:
+        """Close all connections, and end the attempts under way as if they were late."""
+        _expire(self._answers | self._pieces)
         await self._client.close()
 
     def give_up(self) -> None:
         """End the attempts that have no other way to notice that the endpoint hangs: those without a stream."""
-        for limit in self._running:
-            limit.reschedule(asyncio.get_running_loop().time())
+        _expire(self._answers)
 
     async def complete(
         self, messages: Messages, options: Mapping[str, Any], deadline: float, record: Record
     ) -> AsyncGenerator[ChatCompletion]:
         """One whole answer. Raises AttemptError, and TimeoutError at the deadline."""
-        limit = asyncio.timeout_at(deadline)
-        self._running.add(limit)
+        now = asyncio.get_running_loop().time
         try:
-            async with limit:
+            async with _limited(deadline, self._answers):
                 with self._translated():
-                    answer: ChatCompletion = await self._send(messages, options, stream=False)
+                    # Raw, as the SDK's own reading of a broken body raises what is no error of the SDK.
+                    response = await self._client.chat.completions.with_raw_response.create(
+                        **self._request(messages, options), stream=False
+                    )
         except TimeoutError:
-            if asyncio.get_running_loop().time() >= deadline:
+            if now() >= deadline:
                 raise
             raise AttemptTimeoutError(self._name, "no answer, and a health check failed meanwhile") from None
-        finally:
-            self._running.discard(limit)
         with self._understood():
+            answer: ChatCompletion = response.parse()
             record.usage = answer.usage
             finishes = [(choice.message.role, choice.finish_reason)[1] for choice in answer.choices]
         if not finishes or not all(finishes) or any(finish in FAILED_FINISHES for finish in finishes):
-            raise AnswerCutError(self._name, f"the server gave the request up, finish_reason {finishes}")
+            raise AnswerCutError(self._name, "the server gave the request up", f"finish_reason {finishes}")
+        self.heard = now()
         yield answer
 
     async def stream(
@@ -152,9 +163,9 @@ class Transport:
         try:
             while True:
                 try:
-                    async with asyncio.timeout_at(min(limit, deadline)):
+                    async with _limited(min(limit, deadline), self._pieces):
                         with self._translated():
-                            chunks = chunks or await self._send(messages, options, stream=True)
+                            chunks = chunks or await self._open(messages, options)
                             with self._understood():
                                 chunk = await anext(chunks, None)
                 except TimeoutError:
@@ -167,7 +178,8 @@ class Transport:
                     record.usage = chunk.usage or record.usage
                     text, output, finish = _read(chunk)
                 if finish in FAILED_FINISHES:
-                    raise AnswerCutError(self._name, f"the server gave the request up, finish_reason {finish}")
+                    raise AnswerCutError(self._name, "the server gave the request up", f"finish_reason {finish}")
+                self.heard = now()
                 finished = finished or bool(finish)
                 if output and record.first_output is None:
                     record.first_output = now()
@@ -185,11 +197,16 @@ class Transport:
             if chunks is not None:
                 await chunks.close()
 
-    async def _send(self, messages: Messages, options: Mapping[str, Any], stream: bool) -> Any:
+    def _request(self, messages: Messages, options: Mapping[str, Any]) -> dict[str, Any]:
+        return {**options, "model": self._model, "messages": list(messages)}
+
+    async def _open(self, messages: Messages, options: Mapping[str, Any]) -> openai.AsyncStream[ChatCompletionChunk]:
         # The last piece of a stream tells the tokens.
-        more = {"stream_options": {"include_usage": True}} if stream else {}
-        request: dict[str, Any] = {**more, **options, "model": self._model, "messages": list(messages)}
-        return await self._client.chat.completions.create(**request, stream=stream)
+        options = {"stream_options": {"include_usage": True}, **options}
+        chunks: openai.AsyncStream[ChatCompletionChunk] = await self._client.chat.completions.create(
+            **self._request(messages, options), stream=True
+        )
+        return chunks
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -197,31 +214,46 @@ class Transport:
         try:
             yield
         except openai.APIStatusError as error:
+            reason = f"HTTP {error.status_code}{REMEDIES.get(error.status_code, '')}"
             wait = _retry_after(error.response.headers.get("retry-after"))
-            message = error.message[:MESSAGE_LIMIT] + REMEDIES.get(error.status_code, "")
-            raise StatusError(self._name, message, error.status_code, wait) from error
+            raise StatusError(self._name, reason, _said(error), error.status_code, wait) from error
         except openai.APITimeoutError as error:
-            raise ConnectError(self._name, f"no connection within {self._timeouts.connect:g} s") from error
-        except openai.APIConnectionError as error:
-            cause = error.__cause__
+            raise ConnectTimeoutError(self._name, f"no connection within {self._timeouts.connect:g} s") from error
+        except (openai.APIConnectionError, httpx2.HTTPError) as error:
+            cause = error.__cause__ if isinstance(error, openai.APIError) else error
             if isinstance(cause, httpx2.ConnectError):
-                raise ConnectError(self._name, f"no connection: {cause}") from error
-            raise AnswerCutError(self._name, f"the connection broke: {cause}") from error
-        except openai.APIResponseValidationError as error:
-            raise MalformedAnswerError(self._name, f"no chat completion: {error.message[:MESSAGE_LIMIT]}") from error
+                raise ConnectError(self._name, "no connection", str(cause)) from error
+            raise AnswerCutError(self._name, "the connection broke", str(cause)) from error
         except openai.APIError as error:
-            code = int(error.code) if error.code and error.code.isdecimal() else None
-            raise StatusError(
-                self._name, f"an error inside the answer: {error.message[:MESSAGE_LIMIT]}", code
-            ) from error
+            code = str(error.code)
+            status = int(code) if len(code) == 3 and code.isdecimal() else None
+            raise StatusError(self._name, "an error inside the answer", _said(error), status) from error
 
     @contextmanager
     def _understood(self) -> Iterator[None]:
-        """What reading an answer raises that is not one, as a MalformedAnswerError."""
+        """An answer that is none, as a MalformedAnswerError."""
         try:
             yield
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise MalformedAnswerError(self._name, f"no chat completion: {type(error).__name__}: {error}") from error
+        except (*UNREADABLE, openai.APIResponseValidationError) as error:
+            said = f"{type(error).__name__}: {error}"[:MESSAGE_LIMIT]
+            raise MalformedAnswerError(self._name, "no chat completion", said) from error
+
+
+@asynccontextmanager
+async def _limited(moment: float, limits: set[asyncio.Timeout]) -> AsyncGenerator[None]:
+    """Raises TimeoutError at a moment, or earlier where the limit is made to expire."""
+    async with asyncio.timeout_at(moment) as limit:
+        limits.add(limit)
+        try:
+            yield
+        finally:
+            limits.remove(limit)
+
+
+def _expire(limits: Iterable[asyncio.Timeout]) -> None:
+    for limit in limits:
+        if not limit.expired():  # its own moment can have come in the same turn of the event loop
+            limit.reschedule(asyncio.get_running_loop().time())
 
 
 def _read(chunk: ChatCompletionChunk) -> tuple[str, bool, str | None]:
@@ -232,13 +264,19 @@ def _read(chunk: ChatCompletionChunk) -> tuple[str, bool, str | None]:
     return "", False, None
 
 
+def _said(error: openai.APIError) -> str:
+    """The server's own words in an error."""
+    said = error.body.get("message") if isinstance(error.body, Mapping) else None
+    return str(said or error.message)[:MESSAGE_LIMIT]
+
+
 def _retry_after(header: str | None) -> float | None:
-    """Seconds from now, of a header that has seconds or a date."""
+    """Seconds from now, of a header that has seconds or a date; None where it has neither."""
     try:
-        return max(0.0, float(header or ""))
+        seconds = float(header or "")
     except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(header or "").timestamp() - time.time())
-    except ValueError:
-        return None
+        try:
+            seconds = email.utils.parsedate_to_datetime(header or "").timestamp() - time.time()
+        except (ValueError, OverflowError, OSError):
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None

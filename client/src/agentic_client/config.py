@@ -23,9 +23,10 @@ from .errors import ConfigError
 
 
 class HealthCheck(Options):
-    """``interval``: seconds between two checks of an endpoint."""
+    """``interval``: seconds between two checks of an endpoint. ``timeout``: seconds within which it must answer one."""
 
     interval: PositiveFloat = 30.0
+    timeout: PositiveFloat = 10.0
 
 
 class Retry(Options):

@@ -1,4 +1,8 @@
-"""What can go wrong. All of it is an LLMClientError, and no message repeats the key or a prompt."""
+"""What can go wrong. All of it is an LLMClientError.
+
+No message repeats the key or a prompt by itself. But a message tells what a server said, and servers may repeat a part
+of the prompt; so logs and events have a failure's ``reason``, which is this package's own words, and not its message.
+"""
 
 from __future__ import annotations
 
@@ -41,15 +45,17 @@ class TurnTooLargeError(LLMClientError):
 class AttemptError(LLMClientError):
     """One attempt of a call that failed at one endpoint.
 
-    ``status`` is that of HTTP or of an error inside an answer. ``retry_after`` is in seconds. ``output`` is
-    true when a part of the answer had arrived.
+    ``reason`` says what happened in this package's words; only the message has ``said`` too, the server's or a
+    library's. ``status`` is that of HTTP or of an error inside an answer. ``retry_after`` is in seconds, as the server
+    has it. ``output`` is true when a part of the answer had arrived.
     """
 
     def __init__(
-        self, endpoint: str, message: str, status: int | None = None, retry_after: float | None = None
+        self, endpoint: str, reason: str, said: str = "", status: int | None = None, retry_after: float | None = None
     ) -> None:
-        super().__init__(f"{endpoint}: {message}")
+        super().__init__(": ".join(filter(None, (endpoint, reason, said))))
         self.endpoint = endpoint
+        self.reason = reason
         self.status = status
         self.retry_after = retry_after
         self.output = False
@@ -62,6 +68,10 @@ class AttemptError(LLMClientError):
 
 class ConnectError(AttemptError):
     """No connection was made, so that no engine can have seen the request."""
+
+
+class ConnectTimeoutError(ConnectError):
+    """Nobody answered within the time to connect: the host is away, or takes no connections."""
 
 
 class StatusError(AttemptError):

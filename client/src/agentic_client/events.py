@@ -1,4 +1,7 @@
-"""What a client tells its ``on_event`` hook, for logs and metrics. All times are seconds."""
+"""What a client tells its ``on_event`` hook, for logs and metrics. All times are seconds.
+
+Nothing here comes from a prompt, an answer or a server's message: those are in the exceptions alone.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,17 @@ class EndpointChanged:
 
 @dataclass(frozen=True)
 class AttemptFailed:
-    """One attempt of a call failed; ``number`` counts from 1, ``error`` is the name of its class."""
+    """One attempt of a call failed; ``number`` counts from 1, ``error`` is the name of its class.
+
+    ``status`` is that of HTTP or of an error inside an answer, where there was one.
+    """
 
     endpoint: str
     number: int
     seconds: float
     error: str
-    message: str
+    status: int | None
+    reason: str
 
 
 @dataclass(frozen=True)

@@ -10,22 +10,24 @@ import asyncio
 import logging
 import os
 import random
-from collections.abc import AsyncGenerator, Callable, Sequence
+import ssl
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from openai.types.chat import ChatCompletion
 
-from ._retry_policy import OVERLOADED, RetryRules, Standing, choose, recovered
+from ._retry_policy import OVERLOADED, RetryRules, Standing, choose, ready
 from ._transport import EndpointConfig, Messages, Record, Timeouts, Transport
 from .config import load_config
 from .errors import (
     AttemptError,
     ClientClosedError,
+    ConfigError,
+    ConnectTimeoutError,
     DeadlineExceededError,
     RequestRejectedError,
     RetriesExhaustedError,
@@ -56,17 +58,14 @@ class _Member(Standing):
         self.endpoint = endpoint
         self.name = endpoint.name
 
-    def rested(self) -> bool:
-        """Whether it may be asked again, by its own word."""
-        return self.not_before <= asyncio.get_running_loop().time()
-
 
 class DualEndpointLLMClient:
     """A client of one or more endpoints that serve the same model.
 
     ``api_key`` is by default taken from the environment: VLLM_API_KEY, then OPENAI_API_KEY.
     ``health_interval`` is the seconds between two health checks of a healthy endpoint. A check asks for one
-    token, because a vLLM whose engine hangs still answers /health. An endpoint that failed is checked after
+    token, because a vLLM whose engine hangs still answers /health. An endpoint hangs when it gives neither that
+    token nor a piece of any answer within ``health_timeout`` seconds. An endpoint that failed is checked after
     the pauses of ``retry``, until it answers. ``max_concurrent`` calls are under way at a time, others wait.
     ``max_tokens`` is the most tokens of a reply where a call does not say; without it the server decides.
     ``ca_file`` is a PEM file with the authority of the endpoints' certificates. ``on_event`` is called in the
@@ -74,6 +73,8 @@ class DualEndpointLLMClient:
 
     Checks begin with the first call and end with ``aclose``, ``async with`` or the event loop. A client
     belongs to one event loop at a time.
+
+    Raises ValueError, and OSError for a ``ca_file`` without certificates.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class DualEndpointLLMClient:
         api_key: str | None = None,
         timeouts: Timeouts | None = None,
         health_interval: float = 30.0,
+        health_timeout: float = 10.0,
         retry: RetryRules = RETRY_RULES,
         max_concurrent: int = 4,
         max_tokens: int | None = None,
@@ -93,16 +95,19 @@ class DualEndpointLLMClient:
         names = [endpoint.name for endpoint in endpoints]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"wanted one or more endpoints with different names, found {names}")
-        if health_interval <= 0 or max_concurrent < 1:
-            raise ValueError("wanted a health_interval above 0 s and a max_concurrent of 1 or more")
+        if health_interval <= 0 or health_timeout <= 0 or max_concurrent < 1:
+            raise ValueError(
+                "wanted a health_interval and a health_timeout above 0 s, and a max_concurrent of 1 or more"
+            )
         self.model_name = model_name
         self.timeouts = timeouts or Timeouts()
         self.health_interval = health_interval
+        self.health_timeout = health_timeout
         self.retry = retry
         self.max_concurrent = max_concurrent
         self.max_tokens = max_tokens
         self._key = api_key or next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
-        self._ca_file = ca_file
+        self._verify = ssl.create_default_context(cafile=ca_file) if ca_file else True
         self._on_event = on_event
         self._members = [_Member(endpoint) for endpoint in endpoints]
         self._keeper: asyncio.Task[None] | None = None
@@ -113,18 +118,24 @@ class DualEndpointLLMClient:
         """A client as a configuration file describes it. Raises ConfigError."""
         config = load_config(path)
         llm = config.llm
-        return cls(
-            llm.endpoints,
-            llm.model_name,
-            api_key=llm.read_key(),
-            timeouts=llm.timeouts,
-            health_interval=llm.health_check.interval,
-            retry=RetryRules(llm.retry.attempts, tuple(llm.retry.backoff_seconds), RETRY_RULES.jitter),
-            max_concurrent=llm.max_concurrent,
-            max_tokens=config.conversation.reply_reserve_tokens,
-            ca_file=llm.ca_file,
-            on_event=on_event,
-        )
+        try:
+            return cls(
+                llm.endpoints,
+                llm.model_name,
+                api_key=llm.read_key(),
+                timeouts=llm.timeouts,
+                health_interval=llm.health_check.interval,
+                health_timeout=llm.health_check.timeout,
+                retry=RetryRules(llm.retry.attempts, tuple(llm.retry.backoff_seconds), RETRY_RULES.jitter),
+                max_concurrent=llm.max_concurrent,
+                max_tokens=config.conversation.reply_reserve_tokens,
+                ca_file=llm.ca_file,
+                on_event=on_event,
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: llm.ca_file: wanted a readable PEM file with certificates in {llm.ca_file}, found: {error}"
+            ) from error
 
     async def __aenter__(self) -> Self:
         self._start()
@@ -141,8 +152,10 @@ class DualEndpointLLMClient:
         keeper, self._keeper = self._keeper, None
         if keeper is not None and not keeper.done():
             self._publish()
+            self._slots.release()  # a call that waits for a slot gets it, learns that it is late, and passes it on
             keeper.cancel()
             await asyncio.wait([keeper])
+            await self._disconnect()  # one that had not begun yet leaves it to do
 
     def healthy(self) -> list[str]:
         """Names of the endpoints in the round now."""
@@ -159,7 +172,7 @@ class DualEndpointLLMClient:
         Raises RequestRejectedError, RetriesExhaustedError, DeadlineExceededError or ClientClosedError.
         """
 
-        options = self._limited(options)
+        options, messages = self._limited(options), tuple(messages)  # each attempt reads them
 
         def attempt(transport: Transport, deadline: float, record: Record) -> AsyncGenerator[ChatCompletion]:
             return transport.complete(messages, options, deadline, record)
@@ -175,10 +188,14 @@ class DualEndpointLLMClient:
         """The pieces of the answer's text as they come; arguments as of ``chat_completion``.
 
         Reasoning and tool calls are not text: for those, use ``chat_completion``. Raises what that one raises,
-        and StreamInterruptedError for a stream that broke after its first output.
+        StreamInterruptedError for a stream that broke after its first output, and ValueError for more than one
+        choice (``n``), whose pieces would come mixed.
         """
 
-        options = self._limited(options)
+        count = {**options, **(options.get("extra_body") or {})}.get("n")
+        if isinstance(count, int) and count > 1:
+            raise ValueError(f"wanted one choice in a stream, found n={count}: use chat_completion")
+        options, messages = self._limited(options), tuple(messages)
 
         def attempt(transport: Transport, deadline: float, record: Record) -> AsyncGenerator[str]:
             return transport.stream(messages, options, deadline, record)
@@ -198,7 +215,7 @@ class DualEndpointLLMClient:
             raise ClientClosedError("the client is closed")
         if self._keeper is None or self._keeper.done():
             for member in self._members:
-                member.transport = Transport(member.endpoint, self.model_name, self._key, self.timeouts, self._ca_file)
+                member.transport = Transport(member.endpoint, self.model_name, self._key, self.timeouts, self._verify)
             self._slots = asyncio.Semaphore(self.max_concurrent)
             self._news = asyncio.Event()
             self._keeper = asyncio.create_task(self._keep(), name="agentic_client health checks")
@@ -206,20 +223,22 @@ class DualEndpointLLMClient:
     async def _call(self, attempt: Attempt[T], timeout: float | None) -> AsyncGenerator[T]:
         """The answer of the first attempt that succeeds, and news of the call for the hook."""
         self._start()
+        slots = self._slots  # the client may have others before this call ends, in another event loop
         call = _Call(asyncio.get_running_loop().time(), self.timeouts.total if timeout is None else timeout)
         error: BaseException | None = None
         try:
             try:
                 async with asyncio.timeout_at(call.deadline):
-                    await self._slots.acquire()
+                    await slots.acquire()
             except TimeoutError:
                 raise DeadlineExceededError(call.seconds, call.errors) from None
             try:
+                self._require_open()
                 async with aclosing(self._attempts(call, attempt)) as pieces:
                     async for piece in pieces:
                         yield piece
             finally:
-                self._slots.release()
+                slots.release()
         except BaseException as found:
             error = found
             raise
@@ -231,18 +250,17 @@ class DualEndpointLLMClient:
         tried: dict[_Member, int] = {}  # and how many events each had seen when it was chosen
         pauses = 0
         while True:
-            if len(tried) == len(self._members):
-                pause = self.retry.pause(pauses, random.random())
-                await self._wait(call, now() + pause, partial(recovered, tried))
-                pauses += 1
-            member = choose(self._members, tried, now())
-            await self._wait(call, member.not_before, member.rested)
+            resume = now() + self.retry.pause(pauses, random.random())
+            await self._wait(call, tried, resume)
+            member = choose(self._members, tried, now(), resume)
+            pauses += member in tried
             seen, begun, record = member.events, now(), Record()
             call.begin(member.name, record)
             try:
                 async with aclosing(attempt(member.transport, call.deadline, record)) as pieces:
                     async for piece in pieces:
                         yield piece
+                        self._require_open()
                 self._mark(member, True, seen, "a request was answered")
                 return
             except TimeoutError:
@@ -255,18 +273,21 @@ class DualEndpointLLMClient:
                 tried[member] = seen
                 if error.output:
                     raise StreamInterruptedError(error, "".join(record.text)) from error
+            except RuntimeError as error:
+                self._require_open(error)  # its connections were closed just before it would have used them
+                raise
 
     def _failed(self, call: _Call, member: _Member, seen: int, begun: float, error: AttemptError) -> None:
         """Note a failed attempt. Raises where the call is over, unless a part of its answer is out already."""
-        if self._closed:
-            raise ClientClosedError("the client was closed during the call") from error
+        self._require_open(error)
         now = asyncio.get_running_loop().time()
         call.errors.append(error)
-        self._tell(AttemptFailed(member.name, len(call.errors), now - begun, type(error).__name__, str(error)))
+        kind, number = type(error).__name__, len(call.errors)
+        self._tell(AttemptFailed(member.name, number, now - begun, kind, error.status, error.reason))
         if not error.failure.rejected:
-            self._mark(member, False, seen, str(error))
+            self._mark(member, False, seen, error.reason)
         if error.retry_after is not None:
-            member.not_before = max(member.not_before, now + error.retry_after)
+            member.rest(now, error.retry_after)
         failures = [each.failure for each in call.errors]
         if error.output or self.retry.may_repeat(failures):
             return
@@ -274,23 +295,30 @@ class DualEndpointLLMClient:
             raise RequestRejectedError(error) from error
         raise RetriesExhaustedError(f"gave up after {len(failures)} attempts", call.errors) from error
 
-    async def _wait(self, call: _Call, until: float, enough: Callable[[], bool]) -> None:
-        """Wait until a moment, or until there is news that is enough."""
+    async def _wait(self, call: _Call, tried: Mapping[_Member, int], resume: float) -> None:
+        """Wait until an endpoint may be asked. What one of them does meanwhile can end the wait early."""
         now = asyncio.get_running_loop().time
-        if until <= now() or enough():
-            return
-        if until >= call.deadline:
-            why = f"the next attempt would be in {until - now():.1f} s, after the call's {call.seconds:g} s"
-            raise RetriesExhaustedError(why, call.errors)
-        self._tell(Waiting(until - now()))
-        while not enough():
+        told = False
+        while (until := min(ready(member, tried, resume) for member in self._members)) > now():
+            rested = min(member.not_before for member in self._members)
+            if rested >= call.deadline:
+                why = f"the next attempt would be in {rested - now():.1f} s, after the call's {call.seconds:g} s"
+                raise RetriesExhaustedError(why, call.errors)
+            until = min(until, call.deadline)
+            if not told:
+                self._tell(Waiting(until - now()))
+                told = True
             try:
                 async with asyncio.timeout_at(until):
                     await self._news.wait()
             except TimeoutError:
-                return
-            if self._closed:
-                raise ClientClosedError("the client was closed during the call")
+                if now() >= call.deadline:
+                    raise DeadlineExceededError(call.seconds, call.errors) from None
+            self._require_open()
+
+    def _require_open(self, cause: BaseException | None = None) -> None:
+        if self._closed:
+            raise ClientClosedError("the client was closed during the call") from cause
 
     def _mark(self, member: _Member, healthy: bool, seen: int, reason: str) -> None:
         before = member.healthy
@@ -321,8 +349,11 @@ class DualEndpointLLMClient:
                 for member in self._members:
                     group.create_task(self._watch(member), name=f"agentic_client checks {member.name}")
         finally:
-            for member in self._members:
-                await member.transport.aclose()
+            await self._disconnect()
+
+    async def _disconnect(self) -> None:
+        for member in self._members:
+            await member.transport.aclose()
 
     async def _watch(self, member: _Member) -> None:
         loop = asyncio.get_running_loop()
@@ -342,19 +373,29 @@ class DualEndpointLLMClient:
             failed = 0 if await self._check(member) else failed + 1
 
     async def _check(self, member: _Member) -> bool:
-        seen = member.events
-        deadline = asyncio.get_running_loop().time() + self.timeouts.first_token
+        """Ask for one token and judge the endpoint by it; whether it is well."""
+        seen, begun = member.events, asyncio.get_running_loop().time()
+        well = late = away = False
         try:
-            async with aclosing(member.transport.complete(PROBE, {"max_tokens": 1}, deadline, Record())) as answer:
+            probe = member.transport.complete(PROBE, {"max_tokens": 1}, begun + self.health_timeout, Record())
+            async with aclosing(probe) as answer:
                 await anext(answer)
-        except TimeoutError:
-            well, reason = False, f"{member.name}: no token within {self.timeouts.first_token:g} s in a health check"
-        except AttemptError as error:
-            well, reason = error.status in OVERLOADED, f"{error} in a health check"
-        else:
             well, reason = True, "a health check was answered"
+        except TimeoutError:
+            late, reason = True, f"no token within {self.health_timeout:g} s in a health check"
+        except AttemptError as error:
+            away = isinstance(error, ConnectTimeoutError)
+            well, reason = error.status in OVERLOADED, f"{error.reason} in a health check"
+        except Exception as error:  # whatever it is, it must not end the checks of all endpoints
+            reason = f"{type(error).__name__} in a health check"
+            log.error("%s: unexpected %s", member.name, reason)
+        if (late or away) and member.transport.heard >= begun:  # busy is not dead
+            well, reason = True, "it gave a part of an answer during a health check"
         self._mark(member, well, seen, reason)
-        if not well:
+        # What is under way at a host that is away is lost. One that is late may be busy after all, so that its whole
+        # answers leave it only for a better place.
+        better = any(other.healthy for other in self._members if other is not member)
+        if not well and (away or (late and better)):
             member.transport.give_up()
         return well
 
