@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from copy import deepcopy
 
 import pytest
 from agentic_client import DEFAULT_SYSTEM_PROMPT, ConversationHistory, create_conversation_history, errors
+from agentic_client.token_counters import HarmonyTokenCounter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionMessage
@@ -28,12 +30,23 @@ def fit(history):
 
 texts = st.integers(0, 12).map(lambda count: " ".join(["word"] * count))
 turns = st.tuples(texts, st.integers(0, 3), texts)
+HARMONY = HarmonyTokenCounter()
 
 
 @settings(max_examples=200, deadline=None)
 @given(turns=st.lists(turns, max_size=8), window=st.integers(1, 60), prompt=texts)
 def test_trimming(turns, window, prompt):
-    history = ConversationHistory(prompt, window_tokens=window, counter=WordCounter())
+    trim(turns, window, prompt, WordCounter())
+
+
+@settings(max_examples=20, deadline=None)
+@given(turns=st.lists(turns, max_size=5), window=st.integers(60, 400), prompt=texts)
+def test_trimming_by_the_engines_tokens(turns, window, prompt):
+    trim(turns, window, prompt, HARMONY)
+
+
+def trim(turns, window, prompt, counter):
+    history = ConversationHistory(prompt, window_tokens=window, counter=counter)
     for number, (question, calls, answer) in enumerate(turns):
         history.add_user(question)
         if calls:
@@ -44,14 +57,14 @@ def test_trimming(turns, window, prompt):
         history.add_assistant(answer)
     before = history.messages
     starts = [number for number, message in enumerate(before) if message["role"] == "user"]
-    least = asyncio.run(WordCounter().count([before[0], *before[starts[-1] if starts else 1 :]]))
+    least = asyncio.run(counter.count([before[0], *before[starts[-1] if starts else 1 :]]))
     if least > window:
         with pytest.raises(errors.TurnTooLargeError, match=f"have {least} tokens, wanted at most {window} "):
             fit(history)
         assert history.messages == before
         return
     sent = fit(history)
-    assert asyncio.run(WordCounter().count(sent)) <= window
+    assert asyncio.run(counter.count(sent)) <= window
     assert sent[0] == {"role": "system", "content": prompt}
     assert fit(history) == sent == history.messages
     kept = len(sent) - 1
@@ -61,7 +74,7 @@ def test_trimming(turns, window, prompt):
     assert {message["tool_call_id"] for message in sent if message["role"] == "tool"} == calls
     dropped = [start for start in starts if start < len(before) - kept]
     if dropped:  # no more than needed
-        assert asyncio.run(WordCounter().count([before[0], *before[dropped[-1] :]])) > window
+        assert asyncio.run(counter.count([before[0], *before[dropped[-1] :]])) > window
 
 
 def test_the_default_is_the_guides():
@@ -82,6 +95,44 @@ def test_what_is_handed_out_is_a_copy():
     history.add_user("Hi")
     fit(history)[0]["content"] = history.messages[1]["content"] = "changed"
     assert [message["content"] for message in history.messages] == ["Be kind", "Hi"]
+
+
+def test_what_is_deep_inside_is_a_copy_too():
+    given = {"role": "assistant", "content": None, "tool_calls": [deepcopy(CALL)]}
+    tool = deepcopy(TOOL)
+    history = ConversationHistory("Be kind", counter=WordCounter(), tools=[tool])
+    history.add_user("Hi")
+    history.add(given)
+    for messages in (fit(history), history.messages):
+        messages[2]["tool_calls"][0]["function"]["name"] = "changed"
+    given["tool_calls"][0]["function"]["name"] = tool["function"]["name"] = "changed"
+    assert history.messages[2]["tool_calls"] == [CALL]
+    assert history.tools == (TOOL,)
+
+
+def test_the_system_prompt_stays():
+    history = ConversationHistory("Be kind")
+    with pytest.raises(AttributeError):
+        history.system_prompt = "Be rude"
+    assert history.system_prompt == "Be kind"
+
+
+def test_two_fits_at_a_time_drop_once():
+    class Slow(WordCounter):
+        async def count(self, messages, tools=()):
+            await asyncio.sleep(0)
+            return await super().count(messages, tools)
+
+    history = ConversationHistory("a", window_tokens=6, counter=Slow())
+    for text in ("one", "two", "three", "four"):
+        history.add_user(text)
+
+    async def both():
+        return await asyncio.gather(history.fit(), history.fit())
+
+    first, second = asyncio.run(both())
+    assert [message["content"] for message in first] == ["a", "three", "four"]
+    assert first == second == history.messages
 
 
 def test_tools_count():

@@ -8,6 +8,7 @@ followed it. So a tool's answer never stays behind without its call.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +45,21 @@ class ConversationHistory:
     ) -> None:
         if window_tokens < 1:
             raise ValueError(f"wanted a window_tokens of 1 or more, found {window_tokens}")
-        self.system_prompt = system_prompt
+        self._system_prompt = system_prompt
         self.window_tokens = window_tokens
-        self.tools = tuple(tools)
+        self.tools = tuple(deepcopy([dict(tool) for tool in tools]))
         self._counter = counter
         self._turns: list[list[dict[str, Any]]] = []
 
     @property
+    def system_prompt(self) -> str:
+        """It never changes: another prompt is another conversation."""
+        return self._system_prompt
+
+    @property
     def messages(self) -> list[dict[str, Any]]:
         """All that is kept, the system prompt first. A copy."""
-        return [dict(message) for message in self._assemble(self._turns)]
+        return deepcopy(self._assemble(self._turns))
 
     def add_user(self, text: str) -> None:
         """Begin a turn."""
@@ -82,7 +88,7 @@ class ConversationHistory:
             )
         if role == "user" or not self._turns:
             self._turns.append([])
-        self._turns[-1].append(dict(message))
+        self._turns[-1].append(deepcopy(dict(message)))
 
     def clear(self) -> None:
         """Forget all turns; the system prompt stays."""
@@ -99,13 +105,15 @@ class ConversationHistory:
         TokenCountError.
         """
         turns = [list(turn) for turn in self._turns]  # what is added meanwhile is the next call's
-        before = len(turns)
+        oldest = list(self._turns)
         while (found := await self._count(turns)) > self.window_tokens:
             if len(turns) <= 1:
                 raise TurnTooLargeError(found, self.window_tokens)
             del turns[0]
-        del self._turns[: before - len(turns)]
-        return [dict(message) for message in self._assemble(turns)]
+        # Another call may have dropped some of them meanwhile, so they are not the first ones any more.
+        dropped = {id(turn) for turn in oldest[: len(oldest) - len(turns)]}
+        self._turns[:] = [turn for turn in self._turns if id(turn) not in dropped]
+        return deepcopy(self._assemble(turns))
 
     def _assemble(self, turns: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
         return [{"role": "system", "content": self.system_prompt}, *(message for turn in turns for message in turn)]
