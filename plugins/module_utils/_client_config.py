@@ -39,6 +39,7 @@ class Wanted:
     idle_timeout: float = 60
     total_timeout: float = 0
     health_interval: float = 30
+    health_timeout: float = 10
     attempts: int = 4
     backoff: Sequence[float] = (2, 4, 8, 16)
     key_path: str = ""
@@ -165,7 +166,7 @@ def client_config(client: str, servers: Sequence[Server], clients: int, wanted: 
     plans = [server["gateway"]["server_timeout"] for server in servers if server["gateway"]["server_timeout"]]
     first = wanted.first_token_timeout or max(plans, default=FIRST_TOKEN_SECONDS)
     total = wanted.total_timeout or first + ANSWER_SECONDS
-    for name in ("connect_timeout", "idle_timeout", "health_interval"):
+    for name in ("connect_timeout", "idle_timeout", "health_interval", "health_timeout"):
         if getattr(wanted, name) <= 0:
             errors.append(f"{client}: agentic_client_{name} is {getattr(wanted, name):g} s: wanted more than 0")
     if total < first:
@@ -190,7 +191,7 @@ def client_config(client: str, servers: Sequence[Server], clients: int, wanted: 
             "idle": wanted.idle_timeout,
             "total": total,
         },
-        "health_check": {"interval": wanted.health_interval},
+        "health_check": {"interval": wanted.health_interval, "timeout": wanted.health_timeout},
         "retry": {"attempts": wanted.attempts, "backoff_seconds": list(wanted.backoff)},
         "max_concurrent": wanted.max_concurrent or most,
     }

@@ -54,6 +54,7 @@ def test_the_guides_figures():
     llm = made["config"]["llm"]
     assert llm["endpoints"] == [{"name": "gpu1", "url": "http://gpu1.example.com:8000/v1"}]
     assert llm["retry"] == {"attempts": 4, "backoff_seconds": [2, 4, 8, 16]}
+    assert llm["health_check"] == {"interval": 30, "timeout": 10}
     assert llm["timeouts"]["first_token"] == 600
     assert llm["timeouts"]["total"] == 600 + ANSWER_SECONDS
     assert llm["max_concurrent"] == 8
@@ -132,6 +133,7 @@ def test_without_a_gateway_there_is_a_fixed_time_to_the_first_token():
         ([server(tls="self_signed")], Wanted(), "vllm_gateway_tls is self_signed, .*set agentic_client_ca_file"),
         ([server(seqs=(0, 8))], Wanted(), "an engine declares no max-num-seqs"),
         ([server()], Wanted(idle_timeout=0), "agentic_client_idle_timeout is 0 s"),
+        ([server()], Wanted(health_timeout=0), "agentic_client_health_timeout is 0 s"),
         ([server()], Wanted(total_timeout=10), "agentic_client_total_timeout is 10 s: wanted at least the 600 s"),
         ([server()], Wanted(attempts=-1), "agentic_client_attempts is -1"),
         ([server(), server("gpu2") | {"model": "other"}], Wanted(), "serve gpt-oss-120b, other"),
