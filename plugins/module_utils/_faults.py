@@ -12,11 +12,11 @@ All times are seconds.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 from ._engine_process import (
@@ -186,9 +186,14 @@ class Hang(Fault):
 
     def inject(self) -> None:
         process = self._process()
-        self._signal(process, signal.SIGSTOP)
-        self._stopped = process
         self._end = self._clock() + self.lasts
+        # Before it is: a signal that ends the drill in between would leave it stopped. One SIGCONT too many does no harm.
+        self._stopped = process
+        try:
+            self._signal(process, signal.SIGSTOP)
+        except EngineError:
+            self._stopped = None
+            raise
 
     def pending(self) -> str:
         if self._stopped is None:
@@ -205,9 +210,9 @@ class Hang(Fault):
         return ""
 
     def restore(self) -> None:
-        process, self._stopped = self._stopped, None
-        if process is not None and is_alive(process, self._proc):
-            self._signal(process, signal.SIGCONT)
+        if self._stopped is not None and is_alive(self._stopped, self._proc):
+            self._signal(self._stopped, signal.SIGCONT)
+        self._stopped = None
 
     def _process(self) -> Process:
         return self._find(self._unit, self._run, self._proc)
@@ -293,14 +298,18 @@ class Drain(Fault):
             raise EngineError(f"wanted no {self._path}, found that {self._path.name} is drained already; remove it")
 
     def inject(self) -> None:
+        self._end = self._clock() + self.lasts
+        self._ours = True  # before it is: a signal that ends the drill in between would leave it there
         try:
             self._path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             with self._path.open("x") as stream:
-                self._ours = True
                 stream.write(DRAIN_REASON + "\n")
         except OSError as error:
+            if not isinstance(error, FileExistsError):
+                with contextlib.suppress(OSError):
+                    self._path.unlink()
+            self._ours = False
             raise EngineError(f"wanted to write {self._path}, found {error.strerror}; run the task as root") from error
-        self._end = self._clock() + self.lasts
 
     def pending(self) -> str:
         if self._ours and self._clock() < self._end:
@@ -425,7 +434,7 @@ class DeadMan:
             raise EngineError(_failed(command, status, out, err))
 
 
-@contextmanager
+@contextlib.contextmanager
 def undone(fault: Fault, timer: DeadMan) -> Iterator[None]:
     """Within, the fault may be injected; after, it has ended. Raises EngineError, at first NotGuarded.
 

@@ -168,6 +168,56 @@ def test_a_hang_ends_early_when_restored(systemd, engine):
     wait_until(lambda: state_of(engine.pid) == "S")
 
 
+class Interruption(BaseException):
+    """What a signal that ends the drill raises."""
+
+
+def test_a_hang_that_is_interrupted_as_it_begins_is_undone(systemd, engine):
+    numbers = []
+
+    def kill(pid, number):
+        os.kill(pid, number)
+        numbers.append(number)
+        if number == signal.SIGSTOP:
+            raise Interruption
+
+    fault = Hang(UNIT, systemd.run, 20.0, kill=kill)
+    with pytest.raises(Interruption), undone(fault, DeadMan(systemd.run, "drill")):
+        fault.inject()
+    assert numbers == [signal.SIGSTOP, signal.SIGCONT]
+
+
+def test_a_hang_that_is_interrupted_as_it_ends_is_undone(systemd, engine):
+    clock, interruptions = Clock(), [Interruption]
+
+    def kill(pid, number):
+        if number == signal.SIGCONT and interruptions:
+            raise interruptions.pop()
+        os.kill(pid, number)
+
+    fault = Hang(UNIT, systemd.run, 20.0, kill=kill, clock=clock)
+    fault.inject()
+    clock.time = 20.0
+    with pytest.raises(Interruption):
+        fault.pending()
+    fault.restore()
+    wait_until(lambda: state_of(engine.pid) == "S")
+
+
+def test_a_hang_that_was_not_allowed_has_nothing_to_undo(systemd, engine):
+    numbers = []
+
+    def kill(_pid, number):
+        numbers.append(number)
+        raise PermissionError
+
+    fault = Hang(UNIT, systemd.run, 20.0, kill=kill)
+    with pytest.raises(EngineError, match="found no permission"):
+        fault.inject()
+    fault.restore()
+    assert numbers == [signal.SIGSTOP]
+
+
 def test_a_hung_engine_that_a_watchdog_killed_has_a_successor(systemd, engine, sleeper):
     fault = Hang(UNIT, systemd.run, 20.0)
     fault.inject()
@@ -274,6 +324,31 @@ def test_somebody_elses_drain_file_is_not_touched(tmp_path):
         fault.inject()
     fault.restore()
     assert path.read_text() == "maintenance"
+
+
+def test_a_drain_that_is_interrupted_as_it_begins_is_undone(tmp_path, monkeypatch):
+    def open_(path, _mode):
+        path.touch()
+        raise Interruption
+
+    fault = Drain("primary", 5.0, str(tmp_path))
+    monkeypatch.setattr(Path, "open", open_)
+    with pytest.raises(Interruption):
+        fault.inject()
+    fault.restore()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_drain_file_that_cannot_be_written_is_not_left_behind(tmp_path, monkeypatch):
+    def open_(path, _mode):
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    fault = Drain("primary", 5.0, str(tmp_path))
+    monkeypatch.setattr(Path, "open", open_)
+    with pytest.raises(EngineError, match="found No space left on device"):
+        fault.inject()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_drain_file_that_the_unit_removed_at_its_start(tmp_path):
