@@ -34,10 +34,11 @@ IN_USE = ("UP", "no check")
 
 @dataclass(frozen=True)
 class Server:
-    """One server of the gateway: whether it gets new requests, and how often it was retried away from."""
+    """One server of the gateway: whether it gets new requests, how often it was retried away from, what it has now."""
 
     in_use: bool
     retries: int
+    requests: int = 0
 
 
 def parse_statistics(text: str) -> dict[str, Server]:
@@ -51,7 +52,8 @@ def parse_statistics(text: str) -> dict[str, Server]:
         if name not in FRONTENDS:
             old = servers.get(name, Server(False, 0))
             in_use = old.in_use or (row["status"] or "").startswith(IN_USE)
-            servers[name] = Server(in_use, old.retries + int(row["wretr"] or 0))
+            retries, requests = int(row["wretr"] or 0), int(row.get("scur") or 0)
+            servers[name] = Server(in_use, old.retries + retries, old.requests + requests)
     return servers
 
 

@@ -55,6 +55,8 @@ GPU_RELEASE_SECONDS = 90.0
 GATEWAY = "http://127.0.0.1:8404/;csv"
 #: The gateway asks the health agent once a second whether an engine is being drained.
 LEAVE_SECONDS = 5.0
+#: What the gateway sent just before it let go has arrived in the engine by then, whatever that has to do.
+ARRIVE_SECONDS = 2.0
 #: Its own check passes twice, a second apart, and the health agent's word comes on top.
 RETURN_SECONDS = 15.0
 #: What this helper writes into a drain file; another text is an operator's, whose file is left alone.
@@ -335,6 +337,10 @@ class Helper:
             if time.monotonic() >= end:
                 self.say(f"the gateway has not let go of {self.name} in {LEAVE_SECONDS:.0f} s: stopping all the same")
                 return
+            self.pause(0.1)
+        # From SIGTERM on vLLM goes on with what it has begun, and answers 500 to what it has not.
+        end = time.monotonic() + ARRIVE_SECONDS
+        while (server := self._at_gateway()) is not None and server.requests and time.monotonic() < end:
             self.pause(0.1)
 
     def _wait_for_gateway(self) -> None:

@@ -22,6 +22,11 @@ from ansible_collections.nvl.vllm.plugins.module_utils._http import Endpoint
 HEADER = "# pxname,svname,status,wretr,wredis,\n"
 
 
+def test_requests_at_a_server_are_those_of_all_its_backends():
+    text = "# pxname,svname,scur,status,wretr,\nengines,a,3,UP,1,\nother,a,2,DRAIN,2,\nother,b,,UP,,\n"
+    assert parse_statistics(text) == {"a": Server(True, 3, 5), "b": Server(True, 0, 0)}
+
+
 def page(**servers):
     """HAProxy's page with servers by name: (status, retries)."""
     rows = ["door,FRONTEND,OPEN,,,", *(f"engines,{name},{s},{r},0," for name, (s, r) in servers.items())]

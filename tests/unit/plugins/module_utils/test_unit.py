@@ -378,6 +378,7 @@ class Gateway(ThreadingHTTPServer):
 
     def __init__(self, drain, looks):
         self.drain, self.looks, self.seen, self.returns = drain, looks, 0, 0
+        self.requests = 0  # at the engine; one has ended at each look
         super().__init__(("127.0.0.1", 0), GatewayHandler)
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -395,7 +396,9 @@ class Gateway(ThreadingHTTPServer):
 
 class GatewayHandler(BaseHTTPRequestHandler):
     def do_GET(self):
-        text = f"# pxname,svname,status,wretr,\nengines,primary,{self.server.status()},0,\n"
+        status, requests = self.server.status(), self.server.requests
+        self.server.requests -= status == "DRAIN" and requests > 0
+        text = f"# pxname,svname,scur,status,wretr,\nengines,primary,{requests},{status},0,\n"
         self.send_response(200)
         self.end_headers()
         self.wfile.write(text.encode())
@@ -428,6 +431,23 @@ def test_the_gateway_lets_go_before_the_stop_and_sends_again_after_the_start(hel
     assert server.drain.exists()
     helper(MAINPID=str(engine.pid)).ready()
     assert not server.drain.exists()
+
+
+def test_what_the_gateway_has_just_sent_arrives_before_the_stop(helper, gateway):
+    """vLLM answers 500 to what it begins after SIGTERM."""
+    server, pauses = gateway(looks=0), []
+    server.requests = 3
+    helper(MAINPID="1", gateway=server.url, pause=pauses.append).leave()
+    assert server.requests == 0
+
+
+def test_long_answers_do_not_hold_up_a_stop(helper, gateway, monkeypatch):
+    monkeypatch.setattr(_unit, "ARRIVE_SECONDS", 0.0)
+    server = gateway(looks=0)
+    server.requests = 10**6
+    made = helper(MAINPID="1", gateway=server.url)
+    made.leave()
+    assert made.said == []
 
 
 def test_a_start_ends_when_the_gateway_uses_the_engine(helper, gateway, engine):
