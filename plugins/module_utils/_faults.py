@@ -187,7 +187,7 @@ class Hang(Fault):
     def inject(self) -> None:
         process = self._process()
         self._end = self._clock() + self.lasts
-        # Before it is: a signal that ends the drill in between would leave it stopped. One SIGCONT too many does no harm.
+        # Before it is: a signal that ends the drill in between would leave it stopped. A SIGCONT too many does no harm.
         self._stopped = process
         try:
             self._signal(process, signal.SIGSTOP)
