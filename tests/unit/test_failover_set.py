@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -258,6 +259,26 @@ def test_a_drill_without_a_verdict_is_a_failure_unless_it_was_skipped():
         "two: Drill failed: lost 3",
         "three: Drill refused, nothing was touched: because",
     ]
+
+
+def test_a_change_of_any_helper_is_another_subject():
+    """What is copied to the hosts is among the files that are looked at."""
+    roles = ROLE.parent
+    copied = [
+        *yaml.safe_load((roles / "vllm_health/vars/main.yml").read_text())["__vllm_health_files"],
+        *yaml.safe_load((roles / "vllm_instances/vars/main.yml").read_text())["__vllm_instances_helper"],
+        {"dest": "/usr/local/libexec/vllm-gateway"},
+        {"dest": "/etc/vllm/gateway/haproxy.cfg"},
+        {"dest": "/etc/systemd/system/vllm-health.service"},
+    ]
+    assert len(copied) > 20
+    (block,) = (task["block"] for task in load(ROLE / "tasks/main.yml") if "block" in task)
+    (find,) = (task["ansible.builtin.find"] for task in block if "ansible.builtin.find" in task)
+    library = re.compile(r"\{\{ __vllm_\w+_lib \}\}")
+    for item in copied:
+        path = Path(library.sub("/usr/local/lib/nvl-vllm/nvl_vllm", item["dest"]))
+        assert str(path.parent) in find["paths"]
+        assert any(fnmatch(path.name, pattern) for pattern in worked_out("__vllm_verify_patterns")), path
 
 
 def test_another_gateway_is_another_subject():
