@@ -329,12 +329,17 @@ def test_a_stream_without_a_token_moves_on_after_its_time(run):
     run(test)
 
 
-def test_a_hung_engine_loses_its_whole_answers_to_the_other_by_a_health_check(run):
+@pytest.mark.parametrize("begun", [b"", STREAM], ids=["silent", "without a token"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_hung_engine_loses_what_it_has_not_begun_to_answer(run, stream, begun):
     async def test(service):
-        service.a.script = [hangs]
+        service.a.script = [says(begun, then="hang")]
         service.a.probes = hangs
         async with service.client(health_interval=0.2, health_timeout=0.3) as client:
-            assert (await client.chat_completion(ASK)).choices[0].message.content == TEXT
+            if stream:
+                assert await streamed(client) == list(WORDS)
+            else:
+                assert (await client.chat_completion(ASK)).choices[0].message.content == TEXT
         assert (len(service.a.requests), len(service.b.requests)) == (1, 1)
         assert service.seen(AttemptFailed)[0].reason == "no answer, and a health check failed meanwhile"
 
@@ -492,7 +497,7 @@ def test_a_call_whose_time_is_over_can_be_given_up(run):
             transport = client._members[0].transport
 
             async def late():
-                async with _transport._limited(0, transport._answers):
+                async with _transport._limited(0, transport._unheard):
                     try:
                         await asyncio.sleep(HANG_SECONDS)
                     finally:

@@ -37,6 +37,7 @@ Messages = Iterable[Mapping[str, Any]]
 FAILED_FINISHES = ("abort", "error")  # vLLM: shut down under the request, or failed inside the engine
 OUTPUT_FIELDS = ("content", "reasoning", "reasoning_content", "tool_calls")
 KEEP_ALIVE_SECONDS = 2.0  # vLLM closes an idle connection after 5 s, and must not do so under a request
+GIVEN_UP = "no answer, and a health check failed meanwhile"
 REMEDIES = {401: "; check the API key", 403: "; check the API key", 404: "; check the URL and the model name"}
 MESSAGE_LIMIT = 300  # characters of a server's message that are worth repeating
 # What reading an answer raises that is none; the last of them is of JSON that is too deep.
@@ -105,8 +106,8 @@ class Transport:
         self._name = endpoint.name
         self._model = model
         self._timeouts = timeouts
-        self._answers: set[asyncio.Timeout] = set()  # of attempts under way: whole answers,
-        self._pieces: set[asyncio.Timeout] = set()  # and the next pieces of streams
+        self._unheard: set[asyncio.Timeout] = set()  # of attempts under way that have had no output yet,
+        self._streaming: set[asyncio.Timeout] = set()  # and of all others
         self._client = openai.AsyncOpenAI(
             base_url=endpoint.url,
             api_key=key or "none",  # the SDK wants one, and engines without a key do not look
@@ -120,12 +121,12 @@ class Transport:
 
     async def aclose(self) -> None:
         """Close all connections, and end the attempts under way as if they were late."""
-        _expire(self._answers | self._pieces)
+        _expire(self._unheard | self._streaming)
         await self._client.close()
 
     def give_up(self) -> None:
-        """End the attempts that have no other way to notice that the endpoint hangs: those without a stream."""
-        _expire(self._answers)
+        """End the attempts that may be repeated elsewhere: whole answers, and streams without any output."""
+        _expire(self._unheard)
 
     async def complete(
         self, messages: Messages, options: Mapping[str, Any], deadline: float, record: Record
@@ -133,7 +134,7 @@ class Transport:
         """One whole answer. Raises AttemptError, and TimeoutError at the deadline."""
         now = asyncio.get_running_loop().time
         try:
-            async with _limited(deadline, self._answers):
+            async with _limited(deadline, self._unheard):
                 with self._translated():
                     # Raw, as the SDK's own reading of a broken body raises what is no error of the SDK.
                     response = await self._client.chat.completions.with_raw_response.create(
@@ -142,7 +143,7 @@ class Transport:
         except TimeoutError:
             if now() >= deadline:
                 raise
-            raise AttemptTimeoutError(self._name, "no answer, and a health check failed meanwhile") from None
+            raise AttemptTimeoutError(self._name, GIVEN_UP) from None
         with self._understood():
             answer: ChatCompletion = response.parse()
             record.usage = answer.usage
@@ -163,7 +164,8 @@ class Transport:
         try:
             while True:
                 try:
-                    async with _limited(min(limit, deadline), self._pieces):
+                    limits = self._unheard if record.first_output is None else self._streaming
+                    async with _limited(min(limit, deadline), limits):
                         with self._translated():
                             chunks = chunks or await self._open(messages, options)
                             with self._understood():
@@ -171,7 +173,7 @@ class Transport:
                 except TimeoutError:
                     if now() >= deadline:
                         raise
-                    raise AttemptTimeoutError(self._name, found) from None
+                    raise AttemptTimeoutError(self._name, found if now() >= limit else GIVEN_UP) from None
                 if chunk is None:
                     break
                 with self._understood():

@@ -392,8 +392,8 @@ class DualEndpointLLMClient:
         if (late or away) and member.transport.heard >= begun:  # busy is not dead
             well, reason = True, "it gave a part of an answer during a health check"
         self._mark(member, well, seen, reason)
-        # What is under way at a host that is away is lost. One that is late may be busy after all, so that its whole
-        # answers leave it only for a better place.
+        # What is under way at a host that is away is lost. One that is late may be busy after all, so that what it has
+        # not begun to answer leaves it only for a better place.
         better = any(other.healthy for other in self._members if other is not member)
         if not well and (away or (late and better)):
             member.transport.give_up()
