@@ -195,4 +195,4 @@ def test_what_is_added_while_tokens_are_counted_stays():
 def test_the_default_counter_is_harmonys():
     history = ConversationHistory("Be kind.")
     history.add_user("Hello")
-    assert asyncio.run(history.count()) == 78  # what a vLLM 0.32 counted
+    assert asyncio.run(history.count()) == 78  # what a vLLM 0.32.0 counted

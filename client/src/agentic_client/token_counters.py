@@ -52,7 +52,7 @@ class ServerTokenCounter:
 
 
 class HarmonyTokenCounter:
-    """Counts offline, exactly as vLLM 0.32 and later render chats of gpt-oss. Needs the extra ``harmony``."""
+    """Counts offline, exactly as vLLM 0.32.0 renders chats of gpt-oss. Needs the extra ``harmony``."""
 
     def __init__(self) -> None:
         try:
