@@ -28,6 +28,7 @@ from ._engine_process import (
     is_alive,
     send_signal,
 )
+from ._gateway_socket import Place, ServerAddress
 from ._host import Runner
 from ._http import Endpoint
 from ._relay import PASS, RESET, SLOW, STORM503, Relay
@@ -324,29 +325,41 @@ class Drain(Fault):
 
 
 class Relayed(Fault):
-    """What goes between client and engine is disturbed for ``seconds`` by a relay in this process."""
+    """What goes between client and engine is disturbed for ``seconds`` by a relay in this process.
+
+    A gateway is told to look for the engine there for that time: ``door`` is its address of the target, ``unit`` the
+    gateway's, whose reload undoes it from outside.
+    """
 
     def __init__(
-        self, kind: str, target: Endpoint, seconds: float, port: int = 0, clock: Clock = time.monotonic
+        self,
+        kind: str,
+        target: Endpoint,
+        seconds: float,
+        door: ServerAddress | None = None,
+        unit: str = "",
+        clock: Clock = time.monotonic,
     ) -> None:
         self.lasts = seconds
+        self.undo = ("systemctl", "reload", "--", unit) if door else ()
         self._kind = kind
         self._target = target
+        self._door = door
         self._clock = clock
-        self._relay = Relay(target, port)
+        self._relay = Relay(target)
+        self._home: Place | None = None  # where the gateway looked before
         self._end = 0.0
 
     def __str__(self) -> str:
         return f"{RELAY_WORDS[self._kind]} in front of {self._target.name} for {self.lasts:g} s"
 
     def prepare(self) -> None:
+        if self._door:
+            self._door.look()
         try:
             self._relay.start()
         except OSError as error:
-            raise EngineError(
-                f"wanted to listen on relay_port {self._relay.port} for {self._target.name}, found {error.strerror}; "
-                f"set a free port, the one where the gateway looks for this engine"
-            ) from error
+            raise EngineError(f"wanted a port for the relay to {self._target.name}, found {error.strerror}") from error
 
     def entrance(self, endpoint: Endpoint) -> Endpoint:
         if endpoint != self._target:
@@ -356,6 +369,9 @@ class Relayed(Fault):
     def inject(self) -> None:
         self._end = self._clock() + self.lasts
         self._relay.mode = self._kind
+        if self._door:
+            self._home = self._door.look()
+            self._door.move(("127.0.0.1", self._relay.port))
 
     def pending(self) -> str:
         if self._clock() < self._end:
@@ -365,6 +381,9 @@ class Relayed(Fault):
 
     def restore(self) -> None:
         self._relay.mode = PASS
+        if self._door and self._home:
+            self._door.move(self._home)
+            self._home = None
 
     def close(self) -> None:
         self._relay.close()

@@ -42,12 +42,6 @@ options:
           - Its systemd unit, such as C(vllm@primary.service). Required of the target of V(kill),
             V(kill_server), V(hang) and V(stop), and of all endpoints for V(both_down).
         type: str
-      relay_port:
-        description:
-          - Port on 127.0.0.1 where the gateway looks for this engine instead of at O(endpoints[].url).
-            The relay of V(storm503), V(slow) and V(reset) listens there during the drill.
-            Required of the target of such a fault with O(via=gateway).
-        type: int
   target:
     description: Name of the endpoint that suffers the fault. Without it, the first one.
     type: str
@@ -85,6 +79,13 @@ options:
     description: The gateway's systemd unit, for its faults.
     type: str
     default: vllm-gateway.service
+  gateway_socket:
+    description:
+      - The gateway's admin socket. With O(via=gateway) the gateway is told there to look for the target at the relay
+        of V(storm503), V(slow) and V(reset), and afterwards where it looked before. Its servers must be named as
+        O(endpoints).
+    type: path
+    default: /run/vllm-gateway/admin.sock
   stats_url:
     description:
       - CSV page of the gateway's statistics, such as C(http://127.0.0.1:8404/;csv). With it,
@@ -138,7 +139,9 @@ options:
     type: int
     default: 0
   retries:
-    description: Further attempts of a failed request, with O(via=client).
+    description:
+      - Further attempts of a failed request, with O(via=client). At most one of them follows an engine that had taken
+        the request and failed with it, as the request may be the reason.
     type: int
     default: 4
   backoff_base:
@@ -432,6 +435,7 @@ from ansible_collections.nvl.vllm.plugins.module_utils._drill import (
 from ansible_collections.nvl.vllm.plugins.module_utils._drill_report import Budget
 from ansible_collections.nvl.vllm.plugins.module_utils._dual_client import RetryPolicy
 from ansible_collections.nvl.vllm.plugins.module_utils._engine_process import EngineError
+from ansible_collections.nvl.vllm.plugins.module_utils._gateway_socket import ADMIN_SOCKET, ServerAddress
 from ansible_collections.nvl.vllm.plugins.module_utils._host import Runner
 from ansible_collections.nvl.vllm.plugins.module_utils._json_file import read_object, write_object
 from ansible_collections.nvl.vllm.plugins.module_utils._openai import Endpoint, endpoints_of
@@ -536,16 +540,10 @@ def fault_of(params: Mapping[str, Any], scene: Scene, run: Runner) -> _faults.Fa
         return _faults.KillServer(params["gateway_unit"], run)
     if kind == _faults.DRAIN:
         return _faults.Drain(target.name, seconds)
-    item = items[target.name]
     if kind in _faults.RELAY_KINDS:
-        port = item["relay_port"]
-        if scene.via == GATEWAY and not port:
-            raise ValueError(
-                f"wanted relay_port of the target {target.name} for the fault {kind} with via of gateway, found none; "
-                f"have a gateway look for this engine at a free port, and set that"
-            )
-        return _faults.Relayed(kind, target, seconds, port or 0)
-    unit = unit_of(item)
+        door = ServerAddress(target.name, params["gateway_socket"]) if scene.via == GATEWAY else None
+        return _faults.Relayed(kind, target, seconds, door, params["gateway_unit"])
+    unit = unit_of(items[target.name])
     if kind == _faults.HANG:
         return _faults.Hang(unit, run, seconds)
     if kind == _faults.STOP:
@@ -579,7 +577,6 @@ def argument_spec() -> dict[str, object]:
                 "name": {"type": "str", "required": True},
                 "url": {"type": "str", "required": True},
                 "unit": {"type": "str"},
-                "relay_port": {"type": "int"},
             },
         },
         target={"type": "str"},
@@ -589,6 +586,7 @@ def argument_spec() -> dict[str, object]:
         gateway_url={"type": "str"},
         gateway_key={"type": "str", "no_log": True},
         gateway_unit={"type": "str", "default": "vllm-gateway.service"},
+        gateway_socket={"type": "path", "default": ADMIN_SOCKET},
         stats_url={"type": "str"},
         subject={"type": "str"},
         proof={"type": "path", "default": "/var/lib/nvl-vllm/drill.json"},

@@ -27,7 +27,15 @@ from pathlib import Path
 import jinja2
 import pytest
 import yaml
+from ansible_collections.nvl.vllm.plugins.module_utils._faults import Relayed
 from ansible_collections.nvl.vllm.plugins.module_utils._gateway import Plan, Wanted, plan
+from ansible_collections.nvl.vllm.plugins.module_utils._gateway_socket import ServerAddress
+from ansible_collections.nvl.vllm.plugins.module_utils._http import Endpoint
+
+import bench_latency
+
+sys.path.append(str(Path(__file__).parents[2] / "molecule/default/tests"))
+from gaps import judge_gaps
 
 HAPROXY = os.environ.get("HAPROXY") or shutil.which("haproxy") or "/usr/sbin/haproxy"
 
@@ -513,6 +521,81 @@ def test_a_short_request_takes_a_whole_buffer(start):
         assert {answer.result().status for answer in answers} == {200}
 
     assert 0.8 < taken / gateway.plan.bufsize < 2
+
+
+@contextlib.contextmanager
+def relayed(gateway: Gateway, kind: str):
+    """The drill's fault of that kind in front of primary."""
+    door = ServerAddress("primary", str(gateway.directory / "admin.sock"))
+    target = Endpoint("primary", f"http://127.0.0.1:{gateway.ports['primary']}")
+    fault = Relayed(kind, target, 60.0, door, "vllm-gateway.service")
+    home = door.look()
+    assert home == ("127.0.0.1", gateway.ports["primary"])
+    fault.prepare()
+    try:
+        fault.inject()
+        assert door.look() != home
+        yield door
+        fault.restore()
+        assert door.look() == home
+    finally:
+        fault.close()
+    # It is looked at, at the relay and back, and never out.
+    assert gateway.server("primary")["status"] == "UP"
+    assert {gateway.ask({}).engine for _ in range(4)} == {"primary", "secondary"}
+
+
+def test_a_storm_of_503_costs_users_of_the_gateway_nothing(start):
+    gateway = start()
+    with relayed(gateway, "storm503"):
+        assert load(gateway, {"pause": 0.01}, number=80) == []
+        assert gateway.seen("primary")["completions"] == 0
+    wait_for(gateway.sent_again)
+
+
+def test_a_slow_engine_gets_fewer_requests(start):
+    gateway = start()
+    with relayed(gateway, "slow"):
+        assert load(gateway, {"pause": 0.01}, number=80) == []
+        assert 0 < gateway.seen("primary")["completions"] < gateway.seen("secondary")["completions"]
+
+
+def test_a_reset_in_the_middle_of_an_answer_is_seen(start):
+    gateway = start()
+    with relayed(gateway, "reset"):
+        streams = [Stream(gateway.ports["door"], {"tokens": 20, "pause": 0.05}) for _ in range(4)]
+        ended = {stream.ended() for stream in streams}
+    assert ended == {("primary", 3, False), ("secondary", 20, True)}
+
+
+def test_a_reload_has_the_gateway_look_at_the_engine_again(start):
+    """So the drill's timer undoes it, should the drill be killed."""
+    gateway = start()
+    door = ServerAddress("primary", str(gateway.directory / "admin.sock"))
+    door.move(("127.0.0.1", gateway.ports["secondary"]))
+    assert gateway.reload() == ""
+    assert door.look() == ("127.0.0.1", gateway.ports["primary"])
+
+
+@pytest.mark.parametrize("delay", [False, True], ids=["as it is", "without http-no-delay"])
+def test_molecules_judge_of_gaps_tells_a_gateway_that_collects_tokens(start, delay):
+    gateway = start(names=("primary",))
+    gateway.kill("primary")
+    stand_in = [sys.executable, str(ROOT / "tools/bench_latency.py"), "stand-in", str(gateway.ports["primary"])]
+    gateway.processes["primary"] = subprocess.Popen(stand_in)
+    if delay:
+        path = gateway.directory / "haproxy.cfg"
+        path.write_text(path.read_text().replace("  option http-no-delay\n", ""))
+        assert gateway.reload() == ""
+    wait_for(lambda: gateway.server("primary")["status"] == "UP")
+    ports = {"direct": gateway.ports["primary"], "gateway": gateway.ports["door"]}
+    doors = [bench_latency.Door(name, (f"http://127.0.0.1:{port}",)) for name, port in ports.items()]
+
+    found = bench_latency.report(bench_latency.measure(doors, "stand-in", 5, 40, ""))
+
+    assert [one["failed"] for one in found.values()] == [0, 0]
+    with pytest.raises(AssertionError) if delay else contextlib.nullcontext():
+        judge_gaps(found)
 
 
 def test_a_full_queue_is_told_at_once(start):

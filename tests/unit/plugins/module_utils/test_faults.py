@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socketserver
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from ansible_collections.nvl.vllm.plugins.module_utils._faults import (
     Stop,
     undone,
 )
+from ansible_collections.nvl.vllm.plugins.module_utils._gateway_socket import ServerAddress
 from ansible_collections.nvl.vllm.plugins.module_utils._http import Endpoint
 
 UNIT = "vllm@primary.service"
@@ -418,13 +421,106 @@ def test_both_die_or_none(systemd, sleeper):
 # Relayed
 
 
-def test_a_relay_on_a_port_that_is_taken(fake_vllm):
-    fault = Relayed("slow", Endpoint("primary", fake_vllm.url), 5.0, fake_vllm.port)
-    with pytest.raises(
-        EngineError, match=f"wanted to listen on relay_port {fake_vllm.port} for primary, found Address"
-    ):
-        fault.prepare()
+class Haproxy:
+    """A stand-in for the gateway's admin socket that knows one server."""
+
+    def __init__(self, path):
+        self.place, self.stubborn, self.asked = "127.0.0.1 8001", False, []
+        haproxy = self
+
+        class Handler(socketserver.StreamRequestHandler):
+            def handle(self):
+                self.wfile.write(haproxy.answer(self.rfile.readline().decode().split()).encode())
+
+        self.path = str(path / "admin.sock")
+        self.server = socketserver.ThreadingUnixStreamServer(self.path, Handler)
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def answer(self, words):
+        if words[0] == "show":
+            address, port = self.place.split()
+            names = "be_id be_name srv_id srv_name srv_addr srv_op_state srv_port"
+            return f"1\n# {names}\n3 engines 1 primary {address} 2 {port}\n\n"
+        self.asked.append(" ".join(words))
+        if self.stubborn:
+            return "Permission denied\n\n"
+        self.place = f"{words[4]} {words[6]}"
+        return "port changed\n\n"
+
+
+@pytest.fixture
+def haproxy(tmp_path):
+    made = Haproxy(tmp_path)
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+def relayed(haproxy, **more):
+    """A fault of one second in front of the primary, behind the gateway."""
+    door = ServerAddress("primary", haproxy.path)
+    return Relayed("slow", Endpoint("primary", "http://127.0.0.1:8001"), 1.0, door, "gateway.service", **more)
+
+
+def test_a_gateway_looks_for_the_engine_at_the_relay_for_the_time_of_the_fault(haproxy):
+    clock = Clock()
+    fault = relayed(haproxy, clock=clock)
+    fault.prepare()
+    assert haproxy.asked == []
+    fault.inject()
+    relay = haproxy.place
+    assert relay.startswith("127.0.0.1 ")
+    assert relay != "127.0.0.1 8001"
+    clock.time = 1.0
+    assert fault.pending() == ""
+    fault.restore()
     fault.close()
+    assert haproxy.asked == [
+        f"set server engines/primary addr {place.replace(' ', ' port ')}" for place in (relay, "127.0.0.1 8001")
+    ]
+    assert fault.undo == ("systemctl", "reload", "--", "gateway.service")
+
+
+def test_a_gateway_that_is_interrupted_on_its_way_to_the_relay_is_set_back(haproxy, monkeypatch):
+    fault = relayed(haproxy)
+    fault.prepare()
+    move = ServerAddress.move
+
+    def interrupted(door, place):
+        move(door, place)
+        raise Interruption
+
+    monkeypatch.setattr(ServerAddress, "move", interrupted)
+    with pytest.raises(Interruption):
+        fault.inject()
+    monkeypatch.setattr(ServerAddress, "move", move)
+    fault.restore()
+    fault.close()
+    assert haproxy.place == "127.0.0.1 8001"
+
+
+def test_a_gateway_that_does_not_move_is_no_fault(haproxy):
+    haproxy.stubborn = True
+    fault = relayed(haproxy)
+    fault.prepare()
+    with pytest.raises(EngineError, match=r"found it at 127\.0\.0\.1 port 8001: Permission denied"):
+        fault.inject()
+    fault.restore()
+    fault.close()
+    assert haproxy.place == "127.0.0.1 8001"
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "message"),
+    [
+        ("third", "admin.sock", "wanted a server third of the gateway behind .*, found none of that name"),
+        ("primary", "none.sock", r"found No such file or directory; set gateway_socket, and run the task as root"),
+    ],
+)
+def test_a_gateway_without_the_engine_or_the_socket(haproxy, tmp_path, name, path, message):
+    door = ServerAddress(name, str(tmp_path / path))
+    with pytest.raises(EngineError, match=message):
+        Relayed("slow", Endpoint(name, "http://127.0.0.1:9"), 1.0, door).prepare()
 
 
 def test_a_relay_is_the_entrance_of_its_target_alone(fake_vllm):

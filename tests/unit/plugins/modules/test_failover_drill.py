@@ -173,10 +173,6 @@ def test_a_damaged_proof_is_no_proof(drill, tmp_path):
         ({"fault": "drain"}, "wanted via of gateway for the fault drain, found client"),
         ({"fault": "gateway_kill", "via": "single"}, "wanted via of gateway for the fault gateway_kill, found single"),
         ({"fault": "both_down", "via": "single"}, "for the fault both_down, found single"),
-        (
-            {"fault": "slow", "via": "gateway", "gateway_url": "http://127.0.0.1:9"},
-            "wanted relay_port of the target primary for the fault slow",
-        ),
         ({"budget": {"speed": 1}}, "Unsupported parameters"),
     ],
 )
