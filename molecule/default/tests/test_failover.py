@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import DOOR, PORTS, ROOT
+from gaps import judge_gaps
+from helpers import DOOR, INSTANCES, PORTS, ROOT, await_, chat, main_pid
 from testinfra.host import Host
 
 FAILOVER = "/var/lib/nvl-vllm/failover.json"
 DEPLOYED = ("kill", "drain", "gateway_reload")
-DRILLED = ("kill_server", "hang", "stop", "kill with long prompts")
+DRILLED = ("kill_server", "hang", "stop", "kill_server with long prompts")
 
 
 def drills(host: Host) -> dict[str, dict[str, Any]]:
@@ -53,19 +54,35 @@ def test_a_stop_cuts_nothing(host: Host) -> None:
     assert drills(host)["stop via gateway"]["truncated"] == 0
 
 
+def met(numbers: dict[str, Any]) -> bool:
+    """Whether requests were on the engine that broke: sent again, cut, or kept waiting for much longer than others."""
+    return bool(numbers["retried_by_gateway"] + numbers["truncated"] > 0 or numbers["latency"]["worst"] > 5)
+
+
 def test_the_load_met_the_faults(host: Host) -> None:
     """A drill without losses proves nothing where no request was on the engine that broke."""
     found = drills(host)
-    for fault in ("kill_server", "hang", "kill with long prompts"):
+    for fault in ("kill_server", "hang"):
         numbers = found[f"{fault} via gateway"]
-        assert numbers["retried_by_gateway"] + numbers["retried"] + numbers["truncated"] > 0, fault
+        assert met(numbers), numbers
+
+
+def test_the_gateway_alone_sends_the_largest_legal_prompt_again(host: Host) -> None:
+    numbers = drills(host)["kill_server with long prompts via gateway"]
+    assert numbers["retried_by_gateway"] > 0, numbers
+    assert numbers["attempts"] == numbers["sent"]
 
 
 @pytest.mark.long
 def test_full_set_with_five_hundred_requests_each(host: Host) -> None:
     found = drills(host)
-    for fault in ("kill", "kill_server", "hang", "stop", "drain", "gateway_reload"):
+    for fault in ("kill", "kill_server", "hang", "stop", "drain", "gateway_reload", "storm503", "slow"):
         judge(found[f"{fault} via gateway"], 500)
+    assert found["storm503 via gateway"]["retried_by_gateway"] > 0
+    # Cut in the middle, and never taken for an answer.
+    reset = found["reset via gateway"]
+    assert reset["truncated"] > 0
+    assert reset["sent"] == reset["completed"] + reset["truncated"] + reset["lost"]
     assert {name: numbers["verdict"] for name, numbers in found.items()} == dict.fromkeys(found, "passed")
 
 
@@ -86,7 +103,7 @@ def test_gateway_adds_less_than_a_millisecond_to_a_token(host: Host, api_key: st
     found = latency(host, api_key, rounds=30)
     assert [found[name]["failed"] for name in ("direct", "gateway")] == [0, 0]
     assert found["gateway"]["gap"]["count"] > 1000
-    assert found["gateway"]["added"]["gap"]["p50"] < 1.0, found
+    judge_gaps(found)
 
 
 def ejections(host: Host) -> dict[str, Any]:
@@ -98,6 +115,40 @@ def ejections(host: Host) -> dict[str, Any]:
         "agent": {name: one["ejections"] for name, one in status["instances"].items()},
         "gateway": {row["svname"]: row["chkdown"] for row in rows},
     }
+
+
+def agent(host: Host) -> dict[str, dict[str, Any]]:
+    """What the health agent knows of each engine."""
+    found: dict[str, dict[str, Any]] = json.loads(host.check_output("curl -sf http://127.0.0.1:8405/status"))
+    return found["instances"]
+
+
+@pytest.mark.long
+def test_an_engine_that_goes_on_hanging_is_restarted(host: Host, api_key: str) -> None:
+    """Nobody sends SIGCONT: the agent kills it, systemd starts it, and users of the gateway are answered meanwhile."""
+    since = host.check_output("date +%s")
+    before, mains = agent(host), {name: main_pid(host, name) for name in INSTANCES}
+    engine = host.check_output("pgrep --parent %s --full VLLM::EngineCore", str(mains["primary"]))
+    host.check_output("kill -STOP %s", engine)
+
+    def restarted() -> bool:
+        chat(host, "gateway", api_key)
+        return bool(agent(host)["primary"]["restarts"] == before["primary"]["restarts"] + 1)
+
+    # 21 s at most until an idle engine is ejected, vllm_health_restart_after, and a slow machine.
+    await_(restarted, 120)
+    await_(lambda: {one["word"] for one in agent(host).values()} == {"up ready"}, 300)
+
+    assert agent(host)["secondary"]["restarts"] == before["secondary"]["restarts"]
+    assert main_pid(host, "primary") != mains["primary"]
+    assert main_pid(host, "secondary") == mains["secondary"]
+    assert host.run("kill -0 %s", engine).rc != 0
+    for name in (*INSTANCES, "gateway"):
+        chat(host, name, api_key)
+    journal = host.check_output("journalctl --no-pager -o cat -u vllm-health --since @%s", since)
+    made = [json.loads(line) for line in journal.splitlines() if line.startswith("{")]
+    assert {one["instance"] for one in made} == {"primary"}
+    assert [one["decision"] for one in made if one["decision"] != "state"] == ["eject", "restart", "admit"]
 
 
 @pytest.mark.long
