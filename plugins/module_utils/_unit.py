@@ -124,6 +124,12 @@ def write_state(name: str, state: Mapping[str, Any], paths: Paths = Paths()) -> 
     write_object(f"{paths.state}/{name}.json", state)
 
 
+def _open_directory(path: str) -> None:
+    """Make it, and let all look into it whatever the unit's umask: engines look for their drain file."""
+    os.makedirs(path, exist_ok=True)
+    os.chmod(path, 0o755)
+
+
 def back_off_seconds(failed_starts: int) -> float:
     """None before the first try, then 2, 4, 8 ... up to a minute."""
     return min(2.0**failed_starts, LONGEST_BACK_OFF) if failed_starts else 0.0
@@ -156,7 +162,7 @@ class Turn:
     @contextmanager
     def _holder(self) -> Iterator[dict[str, object]]:
         """The holder as a dictionary that is written back, under a lock on the file."""
-        os.makedirs(self.directory, mode=0o755, exist_ok=True)
+        _open_directory(self.directory)
         with open(f"{self.directory}/turn", "a+", encoding="utf-8") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
             stream.seek(0)
@@ -329,7 +335,7 @@ class Helper:
         if not self.environment.get("MAINPID") or not self._sent_to():
             return  # it ended by itself, or nobody is told
         if not os.path.exists(self.drain):
-            os.makedirs(os.path.dirname(self.drain), mode=0o755, exist_ok=True)
+            _open_directory(os.path.dirname(self.drain))
             with open(self.drain, "w", encoding="utf-8") as stream:
                 stream.write(LEAVING)
         end = time.monotonic() + LEAVE_SECONDS

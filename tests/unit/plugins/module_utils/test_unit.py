@@ -433,6 +433,19 @@ def test_the_gateway_lets_go_before_the_stop_and_sends_again_after_the_start(hel
     assert not server.drain.exists()
 
 
+def test_the_engine_may_look_for_its_drain_file(helper, gateway):
+    """After a boot the helper makes the directories, with the umask of the unit."""
+    before = os.umask(0o077)
+    try:
+        helper().prepare()
+        server = gateway(looks=0)
+        helper(MAINPID="1", gateway=server.url).leave()
+    finally:
+        os.umask(before)
+    folder = server.drain.parent
+    assert [oct(path.stat().st_mode & 0o777) for path in (folder, folder.parent)] == ["0o755", "0o755"]
+
+
 def test_what_the_gateway_has_just_sent_arrives_before_the_stop(helper, gateway):
     """vLLM answers 500 to what it begins after SIGTERM."""
     server, pauses = gateway(looks=0), []
