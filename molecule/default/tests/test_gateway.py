@@ -153,6 +153,29 @@ def test_a_stop_by_hand_leaves_the_gateway_first(host: Host, api_key: str) -> No
     assert not host.file("/run/nvl-vllm/drain/secondary").exists
 
 
+def test_a_drained_engine_sends_back_what_the_gateway_still_sends(host: Host, api_key: str) -> None:
+    """As the gateway's old process does after a reload. Others have nowhere else to go."""
+    body = json.dumps({"model": "gpt-oss-120b", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2})
+
+    def status(*headers: str) -> str:
+        named = " ".join(f"-H '{header}'" for header in (f"Authorization: Bearer {api_key}", *headers))
+        return host.check_output(
+            f"curl -s -m 60 -o /dev/null -w '%%{{http_code}}' {named} -H 'Content-Type: application/json'"
+            " http://127.0.0.1:%s/v1/chat/completions -d %s",
+            str(PORTS["secondary"]),
+            body,
+        )
+
+    assert status("X-Request-Id: 1") == "200"
+    host.check_output("mkdir -p /run/nvl-vllm/drain && echo test >/run/nvl-vllm/drain/secondary")
+    try:
+        assert (status("X-Request-Id: 2"), status()) == ("503", "200")
+    finally:
+        host.check_output("rm /run/nvl-vllm/drain/secondary")
+    assert status("X-Request-Id: 3") == "200"
+    await_(lambda: set(statistics(host).values()) == {"UP"}, 30)
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
