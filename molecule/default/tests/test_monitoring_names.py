@@ -5,6 +5,7 @@ It runs after test_monitoring.py, whose first look is at a host without monitori
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -36,6 +37,15 @@ RULES = "/etc/vllm/monitoring/rules"
 TEXTFILES = "/var/lib/prometheus/node-exporter"
 FILES = ROOT / "roles/vllm_monitoring/files"
 CAPTURED = ROOT / "tests/unit/data/metrics"
+#: The figures that the stand-in for nvidia-smi does not know, and a real one does.
+UNKNOWN = {
+    "DCGM_FI_DEV_MEM_COPY_UTIL",
+    "DCGM_FI_DEV_MEMORY_TEMP",
+    "DCGM_FI_DEV_MEM_CLOCK",
+    "DCGM_FI_DEV_ECC_SBE_VOL_TOTAL",
+}
+#: What node exporter shows on each kernel; the rest of its page depends on that, and on devices.
+EVERYWHERE = re.compile(r"node_(boot|exporter|filesystem|forks|load\d|scrape|textfile|time|uname)\w*")
 
 
 def api(host: Host, path: str, **parameters: str) -> Any:
@@ -78,9 +88,9 @@ def gpu_page(tmp_path_factory: pytest.TempPathFactory) -> str:
         patch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
         patch.setenv("NVIDIA_SMI_STATE", "busy")
         page = _monitoring_textfile.gpus_page("gpu-1", _gpu_info.run_command)
-    # Some figures the stand-in for nvidia-smi does not know.
-    silent = [name for name, _, _ in _gpu_metrics.METRICS if f"\n{name}{{" not in page]
-    return page + "".join(f'{name}{{gpu="0"}} 0\n' for name in silent)
+    silent = {name for name, _, _ in _gpu_metrics.METRICS if f"\n{name}{{" not in page}
+    assert silent == UNKNOWN
+    return page + "".join(f'{name}{{gpu="0"}} 0\n' for name in sorted(silent))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,6 +124,20 @@ def test_rules_ask_for_what_there_is(host: Host, offered: set[str]) -> None:
     assert unknown(queries, offered | made) == {}
 
 
+def test_rules_of_gpus_are_understood_and_ask_for_what_there_is(host: Host, gpu_page: str) -> None:
+    """They are not on a host without GPUs, so the real Prometheus is asked what each of them asks."""
+    spec = importlib.util.spec_from_file_location("monitoring_conftest", ROOT / "tests/monitoring/conftest.py")
+    assert spec
+    assert spec.loader
+    templates = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(templates)
+    queries, _ = of_rules(yaml.safe_load(templates.render("rules/gpus.yml.j2")))
+    assert len(queries) > 5, queries
+    for query in queries.values():
+        api(host, "query", query=query)
+    assert unknown(queries, names_on(gpu_page)) == {}
+
+
 def test_dashboards_and_the_page_ask_for_what_there_is(offered: set[str]) -> None:
     assert unknown(of_dashboards(FILES / "dashboards"), offered) == {}
     assert unknown(of_consoles(FILES / "consoles"), offered) == {}
@@ -123,6 +147,11 @@ def test_captured_pages_are_what_the_container_shows(offered: set[str]) -> None:
     """Else the unit tests compare with a release that is not the pinned one."""
     for path in (CAPTURED.parent / "metrics-0.32.0.txt", CAPTURED / "haproxy-2.6.txt", CAPTURED / "health-agent.txt"):
         assert names_on(path.read_text()) - offered == set(), path.name
+    of_node = {
+        name for name in names_on((CAPTURED / "node-exporter-1.5.txt").read_text()) if EVERYWHERE.fullmatch(name)
+    }
+    assert len(of_node) > 15
+    assert of_node - offered == set()
 
 
 def test_each_panel_has_data(host: Host, api_key: str) -> None:
