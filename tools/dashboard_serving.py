@@ -26,7 +26,7 @@ ALERTS = Table(
     "What fires now, and since when. The runbook has a section for each. An empty table is what you want.",
     "none",
     {
-        "": "1000 * max by (alertname, severity, host, instance, gpu) "
+        "": "1000 * max by (alertname, severity, host, instance, gpu, xid) "
         f'(ALERTS_FOR_STATE{{{HOST}}} and ignoring (alertstate) ALERTS{{{HOST}, alertstate="firing"}})'
     },
     columns={"alertname": "alert", "Value": "since"},
