@@ -81,7 +81,7 @@ def test_full_set_with_five_hundred_requests_each(host: Host) -> None:
     assert found["storm503 via gateway"]["retried_by_gateway"] > 0
     # Cut in the middle, and never taken for an answer.
     reset = found["reset via gateway"]
-    assert reset["truncated"] > 0
+    assert reset["truncated"] + reset["lost"] > 0
     assert reset["sent"] == reset["completed"] + reset["truncated"] + reset["lost"]
     assert {name: numbers["verdict"] for name, numbers in found.items()} == dict.fromkeys(found, "passed")
 
