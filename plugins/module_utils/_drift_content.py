@@ -37,7 +37,7 @@ HELPERS = (
     "nvl_vllm/_units.py",
     "nvl_vllm/first_token.py",
 )
-GATEWAY_FILES = ("haproxy.cfg", "eject.lua", "keys", "files.pem", "self_signed.pem")
+GATEWAY_FILES = ("haproxy.cfg", "keys", "files.pem", "self_signed.pem")
 #: They hold a private key, too.
 CERTIFICATES = ("files.pem", "self_signed.pem")
 #: What images leave out of packages.
