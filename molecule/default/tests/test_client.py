@@ -142,6 +142,7 @@ def test_a_killed_engine_loses_nothing_and_repeats_no_answer(host: Host, client:
     chat(host, "primary", api_key)
 
 
+@pytest.mark.more
 def test_an_engine_that_is_restarted_cuts_nothing(host: Host, client: str, api_key: str) -> None:
     """It lets run what it has begun with, and turns away what comes."""
     host.check_output("systemctl reset-failed vllm@secondary.service")
@@ -161,6 +162,7 @@ def goes_on(host: Host) -> Iterator[None]:
     )
 
 
+@pytest.mark.more
 @pytest.mark.usefixtures("goes_on")
 def test_a_hung_engine_loses_nothing(host: Host, client: str, api_key: str) -> None:
     """It goes on once the client has found out, which is before the health agent would restart it."""

@@ -243,6 +243,7 @@ def remove_third(host: Host) -> None:
     host.run_expect([0], "rm -f /etc/vllm/third.yaml /etc/vllm/third.env")
 
 
+@pytest.mark.more
 def test_an_engine_with_too_small_a_cache(host: Host, doctor: Doctor, api_key: str, whole: None) -> None:
     """A throw-away engine: 31 blocks of 128 tokens for its KV cache, and no prefix caching; then it is stopped."""
     arguments = {"kv-cache-memory-bytes": 2**24, "max-model-len": 1024, "enable-prefix-caching": False}

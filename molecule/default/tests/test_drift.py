@@ -27,7 +27,7 @@ ANSIBLES_OWN = r"\( -name .ansible -o -name 'ansible*' -path '/tmp/*' \) -prune 
 SNAPSHOT = (
     f"find {FOLDERS} -mindepth 1 -xdev {ANSIBLES_OWN}"
     r" \( -type f -o -type d -o -type l \) -printf '%p %s %U:%G %m %T@\n' | sort;"
-    f"find {FOLDERS} -xdev {ANSIBLES_OWN} -type f -print0 | sort -z | xargs -0 -P 2 -n 500 sha256sum | sort;"
+    f"find {FOLDERS} -xdev {ANSIBLES_OWN} -type f -print0 | xargs -0 sha256sum | sort;"
     "systemctl show 'vllm*' 'haproxy*' 'hand*' --all"
     " --property=Id,LoadState,ActiveState,SubState,UnitFileState,MainPID,NRestarts,NeedDaemonReload;"
     "dpkg --get-selections"
@@ -36,12 +36,13 @@ ADMIN_SOCKET = (
     "python3 -c \"import socket; s = socket.socket(socket.AF_UNIX); s.connect('/run/vllm-gateway/admin.sock');"
     " s.sendall(b'%s\\n'); print(s.recv(999))\""
 )
-#: What follows from the deeds below besides the finding that names each: units whose files changed would be restarted
-#: or run from others than those on disk, the gateway has the keys from before, the role sees the changed shard, too.
+#: What follows from the deeds below besides the finding that names each: units whose files changed would be restarted,
+#: one without a declaration removed, or run from others than those on disk, the gateway has the keys from before, the
+#: role sees the changed shard, too.
 CONSEQUENCES = {
     *((kind, f"vllm@{name}.service") for kind in ("stale_process", "unit_changed") for name in INSTANCES),
     *((kind, "vllm-gateway.service") for kind in ("stale_process", "unit_changed", "unit_not_reloaded")),
-    ("unit_changed", "vllm-health.service"),
+    *(("unit_changed", unit) for unit in ("vllm-health.service", "vllm@tertiary.service")),
     ("gateway_keys", ""),
     ("checkpoint_changed", ""),
 }
