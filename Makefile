@@ -7,7 +7,7 @@ export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 # Byte code is what makes the second run quick.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: sandbox test lint unit client monitoring haproxy molecule more drill check-airgap bundle clean bootstrap bench-rerun bench-failover check-gpu-install score-memory lock-controller
+.PHONY: sandbox test lint unit client monitoring haproxy molecule drift more drill check-airgap bundle clean bootstrap bench-rerun bench-failover check-gpu-install score-memory lock-controller
 
 sandbox: bootstrap       ## container host, two real vLLM CPU engines, failover drill
 	ansible-playbook playbooks/sandbox.yml
@@ -28,6 +28,9 @@ monitoring: bootstrap    ## alert rules and configurations, by promtool and amto
 
 haproxy: bootstrap       ## the gateway's configuration in a real HAProxy
 	pytest -q tests/haproxy
+
+drift: bootstrap         ## an admin tampers with real engines, and the drift check tells
+	tools/molecule test drift
 
 more: bootstrap          ## what takes longer, of client, doctor, benchmark and memory plan, on real engines
 	tools/molecule test more
