@@ -25,6 +25,7 @@ ANSIBLES_OWN = r"\( -name .ansible -o -name 'ansible*' -path '/tmp/*' \) -prune 
 #: Names, sizes, owners, modes and times; content; units. No ctime, which a mere link count changes, and not the time of
 #: /tmp and /root themselves, in which Ansible makes and removes its folders.
 SNAPSHOT = (
+    "export TMPDIR=/dev/shm;"  # where sort has its temporary files
     f"find {FOLDERS} -mindepth 1 -xdev {ANSIBLES_OWN}"
     r" \( -type f -o -type d -o -type l \) -printf '%p %s %U:%G %m %T@\n' | sort;"
     f"find {FOLDERS} -xdev {ANSIBLES_OWN} -type f -print0 | xargs -0 sha256sum | sort;"
