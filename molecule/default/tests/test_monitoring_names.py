@@ -45,7 +45,7 @@ UNKNOWN = {
     "DCGM_FI_DEV_ECC_SBE_VOL_TOTAL",
 }
 #: What node exporter shows on each kernel; the rest of its page depends on that, and on devices.
-EVERYWHERE = re.compile(r"node_(boot|exporter|filesystem|forks|load\d|scrape|textfile|time|uname)\w*")
+EVERYWHERE = re.compile(r"node_(boot|exporter|filesystem|forks|load\d|scrape|textfile|time_|uname)\w*")
 
 
 def api(host: Host, path: str, **parameters: str) -> Any:
