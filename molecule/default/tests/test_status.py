@@ -38,7 +38,7 @@ def test_the_screen_is_all_that_is_printed(host: Host, keeps_serving: None) -> N
 
 def test_requests_that_run_are_shown(host: Host, api_key: str) -> None:
     with ThreadPoolExecutor(1) as pool:
-        request = pool.submit(chat, host, "primary", api_key, max_tokens=3000, ignore_eos=True)
+        request = pool.submit(chat, host, "primary", api_key, max_tokens=2000, ignore_eos=True)
         shown: list[str] = []
 
         def runs() -> bool:
