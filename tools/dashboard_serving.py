@@ -33,6 +33,15 @@ ALERTS = Table(
     units={"since": "dateTimeFromNow"},
 )
 
+# On both dashboards.
+ANSWERS = Panel(
+    "Answers",
+    "What clients got, by class of the status.",
+    "reqps",
+    {"{{code}}": rate(f"haproxy_frontend_http_responses_total{{{DOOR}}}", "code")},
+    stacked=True,
+)
+
 # HAProxy counts a refused connection that moves on as redispatched only, and an answer that did not come as both.
 RETRIED = f"sum(rate(haproxy_backend_retry_warnings_total{{{ENGINES}}}{RATE}))"
 MOVED = f"sum(rate(haproxy_backend_redispatch_warnings_total{{{ENGINES}}}{RATE}))"
@@ -158,13 +167,7 @@ OVERVIEW = Board(
             ),
         ),
         "Gateway": (
-            Panel(
-                "Answers",
-                "What clients got, by class of the status.",
-                "reqps",
-                {"{{code}}": rate(f"haproxy_frontend_http_responses_total{{{DOOR}}}", "code")},
-                stacked=True,
-            ),
+            ANSWERS,
             Panel(
                 "Retries",
                 "Requests sent again, and those of them sent to another engine. Users did not notice.",
@@ -248,13 +251,7 @@ GATEWAY = Board(
             ),
         ),
         "Clients": (
-            Panel(
-                "Answers",
-                "What clients got, by class of the status.",
-                "reqps",
-                {"{{code}}": rate(f"haproxy_frontend_http_responses_total{{{DOOR}}}", "code")},
-                stacked=True,
-            ),
+            ANSWERS,
             Panel(
                 "Turned away or broken",
                 "Refused by the gateway's rules, requests that were broken, clients that went before their answer.",
