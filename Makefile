@@ -32,7 +32,7 @@ haproxy: bootstrap       ## the gateway's configuration in a real HAProxy
 drift: bootstrap         ## an admin tampers with real engines, and the drift check tells
 	tools/molecule test drift
 
-more: bootstrap          ## what takes longer, of client, doctor, benchmark and memory plan, on real engines
+more: bootstrap          ## what takes longer on real engines
 	tools/molecule test more
 
 drill: bootstrap         ## failover in full: 500 requests for each fault, and a burst of long ones

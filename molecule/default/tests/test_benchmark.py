@@ -12,9 +12,9 @@ from helpers import INSTANCES, main_pid, playbook
 from testinfra.host import Host
 
 RESULTS = "/var/lib/nvl-vllm/benchmark"
-#: As little as shows everything: one engine and the gateway, short answers, three repetitions for the spread.
+#: As little as shows everything: one engine, short answers, three repetitions for the spread.
 SMALL = {
-    "vllm_benchmark_paths": ["primary", "gateway"],
+    "vllm_benchmark_paths": ["primary"],
     "vllm_benchmark_parallel_output_tokens": 48,
     "vllm_benchmark_prefix_groups": 2,
     "vllm_benchmark_sweep_limit": 2,
@@ -33,8 +33,7 @@ def test_check_mode_sends_no_load(host: Host, directory: Path) -> None:
     before = host.check_output(f"ls -lA --time-style=full-iso {RESULTS} 2>/dev/null || true")
     done = playbook("playbooks/benchmark.yml", "--check", vllm_benchmark_directory=str(directory), **SMALL)
     assert done.returncode == 0, done.stdout
-    for name in ("primary", "gateway"):
-        assert f"Would benchmark {name}: parallel, prefix, sweep." in done.stdout
+    assert "Would benchmark primary: parallel, prefix, sweep." in done.stdout
     assert list(directory.iterdir()) == []
     assert host.check_output(f"ls -lA --time-style=full-iso {RESULTS} 2>/dev/null || true") == before
 
@@ -106,8 +105,12 @@ def test_all_levels_have_throughput_and_latencies(report: dict[str, Any]) -> Non
     assert timeline["generation_tokens"][-1] > timeline["generation_tokens"][0]
 
 
-def test_the_gateway_is_a_path_to_both_engines(report: dict[str, Any]) -> None:
-    gateway = report["paths"][1]
+@pytest.mark.more
+def test_the_gateway_is_a_path_to_both_engines(tmp_path: Path) -> None:
+    path = {"vllm_benchmark_paths": ["gateway"], "vllm_benchmark_scenarios": ["sweep"]}
+    done = playbook("playbooks/benchmark.yml", vllm_benchmark_directory=str(tmp_path), **{**SMALL, **path})
+    assert done.returncode == 0, done.stdout + done.stderr
+    (gateway,) = json.loads((tmp_path / HOST / "latest.json").read_text())["paths"]
     assert (gateway["path"], gateway["kind"], set(gateway["engines"])) == ("gateway", "gateway", set(INSTANCES))
     # Two users on each engine at most, so four through their gateway.
     assert [step["users"] for step in gateway["steps"] if step["scenario"] == "sweep"] == [1, 2, 4]
@@ -126,7 +129,7 @@ def test_the_report_is_on_the_controller_and_only_the_result_on_the_host(
     assert page.count("<svg") == 3
     assert f"{report['verdicts']['primary']['parallel']['speedup']['median']:.1f}x" in page
     assert "## Targets" in (directory / HOST / "latest.md").read_text()
-    assert host.check_output(f"ls -A {RESULTS}").split() == [".lock", "gateway.json", "primary.json"]
+    assert host.check_output(f"ls -A {RESULTS}").split() == [".lock", "primary.json"]
 
 
 def test_what_is_worse_than_the_baseline_fails_with_both_figures(directory: Path, report: dict[str, Any]) -> None:
@@ -140,7 +143,7 @@ def test_what_is_worse_than_the_baseline_fails_with_both_figures(directory: Path
     path.write_text(json.dumps(baseline))
     then = baseline["metrics"]["primary: sequential"]
 
-    part = {"vllm_benchmark_paths": ["primary"], "vllm_benchmark_scenarios": ["parallel"]}
+    part = {"vllm_benchmark_scenarios": ["parallel"]}
     done = playbook("playbooks/benchmark.yml", vllm_benchmark_directory=str(directory), **{**SMALL, **part})
 
     assert done.returncode == 2, done.stdout + done.stderr

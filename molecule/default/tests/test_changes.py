@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from helpers import INSTANCES, chat, main_pid, show, site
 from testinfra.host import Host
 
@@ -55,6 +56,7 @@ def test_next_run_repairs_what_the_failed_one_left(host: Host, api_key: str) -> 
     chat(host, "secondary", api_key)
 
 
+@pytest.mark.more
 def test_hand_made_change_is_undone_and_the_engine_restarted(host: Host) -> None:
     """Also with the change's own restart long past: what counts is what the engine was started from."""
     before = main_pid(host, "primary")
@@ -68,6 +70,7 @@ def test_hand_made_change_is_undone_and_the_engine_restarted(host: Host) -> None
     assert main_pid(host, "primary") == before
 
 
+@pytest.mark.more
 def test_starts_are_serialised(host: Host) -> None:
     host.run_expect([0], "systemctl restart vllm@primary.service vllm@secondary.service")
     spans = []
@@ -78,6 +81,7 @@ def test_starts_are_serialised(host: Host) -> None:
     assert second_started >= first_ready
 
 
+@pytest.mark.more
 def test_killed_engine_comes_back_by_itself(host: Host, api_key: str) -> None:
     """vLLM ends with status 0 when its engine dies; ``Restart=on-failure`` would leave it down."""
     before = main_pid(host, "secondary")

@@ -201,6 +201,7 @@ def test_what_an_admin_leaves_behind_is_found(host: Host, doctor: Doctor, api_ke
     assert any(name.startswith("orphan_engine: process") for name in found), found
 
 
+@pytest.mark.more
 def test_an_engine_that_dies_at_its_start_says_why(host: Host, doctor: Doctor) -> None:
     """A throw-away engine that asks for more context than its KV cache has room for."""
     host.run_expect(
@@ -263,6 +264,7 @@ def test_an_engine_with_too_small_a_cache(host: Host, doctor: Doctor, api_key: s
     assert "unit_not_active: vllm@third.service" in after
 
 
+@pytest.mark.more
 def test_more_clients_than_seats(host: Host, doctor: Doctor, api_key: str, whole: None) -> None:
     """Through the gateway, which lets nine requests through to each engine and keeps the others."""
     with under_load(host, api_key, DOOR, 28, dict.fromkeys(PORTS.values(), 8), max_tokens=200):
@@ -345,6 +347,7 @@ def test_a_gpu_that_does_not_work(
     assert evidence in found[name]
 
 
+@pytest.mark.more
 def test_prompts_that_share_nothing(host: Host, doctor: Doctor, api_key: str, whole: None) -> None:
     numbers = count()
 

@@ -141,6 +141,7 @@ def test_access_log_has_neither_prompt_nor_key(host: Host, api_key: str) -> None
     assert api_key not in journal
 
 
+@pytest.mark.more
 def test_a_stop_by_hand_leaves_the_gateway_first(host: Host, api_key: str) -> None:
     host.run_expect([0], "systemctl stop vllm@secondary.service")
     try:
@@ -202,6 +203,7 @@ def pem(directory: Path, name: str) -> dict[str, str]:
     return {"certificate": certificate.read_text(), "key": key.read_text()}
 
 
+@pytest.mark.more
 def test_a_key_of_another_certificate_changes_nothing(host: Host, api_key: str, tmp_path: Path) -> None:
     ours, other = pem(tmp_path, "ours"), pem(tmp_path, "other")
 
@@ -239,6 +241,7 @@ def test_a_taken_port_is_named_before_anything_is_changed(host: Host) -> None:
         host.run_expect([0], "systemctl stop squatter")
 
 
+@pytest.mark.more
 def test_keys_rotate_by_a_reload(host: Host, api_key: str) -> None:
     """Both keys are valid at once, the program is not restarted, and the engines are not touched."""
     before = show(host, "vllm-gateway.service", "MainPID", "NRestarts")

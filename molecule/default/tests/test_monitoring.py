@@ -57,6 +57,7 @@ def monitored(host: Host) -> None:
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.more
 def test_check_mode_on_a_host_without_monitoring(host: Host) -> None:
     before = units(host)
     done = playbook(PLAYBOOK, "--check", "--diff")
@@ -96,6 +97,7 @@ def test_a_unit_of_the_operator_is_left_alone(host: Host) -> None:
     host.run_expect([0], f"grep --quiet /bin/true {path} && rm {path}")
 
 
+@pytest.mark.more
 def test_figures_that_cannot_be_written_fail_the_play_with_the_reason(host: Host) -> None:
     done = playbook(PLAYBOOK, **QUICK, vllm_monitoring_certificates=["/srv/nowhere.pem"])
     assert done.returncode != 0
@@ -168,6 +170,7 @@ def test_a_certificate_that_ends_soon_is_an_alert(host: Host) -> None:
     assert alerts(host)["CertificateExpires", "node"]["labels"]["file"] == "/srv/of-a-test.pem"
 
 
+@pytest.mark.more
 @pytest.mark.usefixtures("monitored")
 def test_what_is_not_wanted_any_more_goes_and_leaves_the_package_its_unit(host: Host) -> None:
     done = playbook(PLAYBOOK, **QUICK, vllm_monitoring_node_exporter="existing")

@@ -71,6 +71,7 @@ def test_unreachable_index(host: Host) -> None:
     assert "cannot reach the package index http://127.0.0.1:9/simple" in refused.stdout
 
 
+@pytest.mark.more
 def test_damaged_wheel_is_refused_and_the_interrupted_installation_repaired(host: Host, tmp_path: Path) -> None:
     for wheel in (SANDBOX / "wheelhouse").glob("*.whl"):
         os.link(wheel, tmp_path / wheel.name)

@@ -15,8 +15,9 @@ COMMAND = ["../tools/status", "-i", "molecule"]
 
 
 def screen(*arguments: str) -> str:
-    """What it prints, called from another directory than the clone's."""
-    environment = {name: value for name, value in os.environ.items() if name != "ANSIBLE_CONFIG"}
+    """What it prints, called from another directory than the clone's, and not in the colours that Molecule wants."""
+    leave = ("ANSIBLE_CONFIG", "ANSIBLE_FORCE_COLOR", "PY_COLORS")
+    environment = {name: value for name, value in os.environ.items() if name not in leave}
     done = subprocess.run(
         [*COMMAND, *arguments],
         cwd=ROOT / "inventory",
