@@ -252,6 +252,11 @@ def test_an_engine_with_too_small_a_cache(host: Host, doctor: Doctor, api_key: s
             limits = {"kv_usage": 0.8}
             assert doctor.run(vllm_instances=[*DECLARED, third], vllm_doctor_limits=limits) == SICK, doctor.shown
         found = doctor.found()
+        # Prompts (a token a letter) of which few are read at a time, and answers of one token.
+        long = [{"role": "user", "content": "x" * 700}]
+        with under_load(host, api_key, THIRD, 20, {THIRD: 1}, max_tokens=1, messages=long):
+            assert doctor.run(vllm_instances=[*DECLARED, third]) == SICK, doctor.shown
+        crowded = doctor.found()
         host.run_expect([0], "systemctl stop vllm@third.service")
         assert doctor.run(vllm_instances=[*DECLARED, third], vllm_doctor_window=1.0) == SICK, doctor.shown
         after = doctor.found()
@@ -261,6 +266,7 @@ def test_an_engine_with_too_small_a_cache(host: Host, doctor: Doctor, api_key: s
     assert found["prefix_cache_off: vllm@third.service"] == "enable-prefix-caching is false"
     assert " of the KV cache was in use, " in found["kv_cache_full: vllm@third.service"]
     assert "requests lost their place in the KV cache" in found["preemptions: vllm@third.service"]
+    assert "requests or more waited all the time while " in crowded["requests_wait: vllm@third.service"]
     assert "unit_not_active: vllm@third.service" in after
 
 
