@@ -15,6 +15,8 @@ _REASONS = (
     re.compile(r"^(vllm serve: error: .+)$", re.MULTILINE),
     re.compile(r"^(.*(?:Failed at step|code=exited|Start request repeated).*)$", re.MULTILINE),
 )
+#: In place of a fingerprint where this run would make the inputs.
+PENDING = "new inputs"
 #: What vLLM's parent process says after the engine has told the real reason.
 _ECHO = "Engine core initialization failed"
 
@@ -69,8 +71,9 @@ def plan(units: Iterable[Unit], gone: Iterable[str], target_enabled: bool) -> Ch
             before.append(f"{service} {unit.active or 'unknown'}\n")
             after.append(f"{service} active\n")
         elif unit.action == "restarted":
-            before.append(f"{service} runs from {unit.started_from[:12] or 'unknown inputs'}\n")
-            after.append(f"{service} runs from {unit.wanted[:12]}\n")
+            wanted = unit.wanted if unit.wanted == PENDING else f"inputs {unit.wanted[:12]}"
+            before.append(f"{service} runs from inputs {unit.started_from[:12] or 'that nobody noted'}\n")
+            after.append(f"{service} runs from {wanted}\n")
     for name in gone:
         before.append(f"vllm@{name}.service is there\n")
         after.append(f"vllm@{name}.service removed, as it is not declared\n")

@@ -93,7 +93,14 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.nvl.vllm.plugins.module_utils._unit import CONFIG, STATE, UNITS, fingerprint, read_state
-from ansible_collections.nvl.vllm.plugins.module_utils._units import Unit, journal_reason, parse_show, plan, undeclared
+from ansible_collections.nvl.vllm.plugins.module_utils._units import (
+    PENDING,
+    Unit,
+    journal_reason,
+    parse_show,
+    plan,
+    undeclared,
+)
 
 PROPERTIES = "ActiveState,SubState,UnitFileState,NeedDaemonReload,LoadState"
 TARGET = "vllm.target"
@@ -121,9 +128,7 @@ class Units:
             enabled=show.get("UnitFileState") == "enabled",
             stale=show.get("NeedDaemonReload") == "yes",
             started_from=str(read_state(name).get("fingerprint", "")),
-            wanted="new inputs"
-            if name in params["pending"]
-            else fingerprint(name, params["root"], params["model_path"]),
+            wanted=PENDING if name in params["pending"] else fingerprint(name, params["root"], params["model_path"]),
         )
 
     def known(self):

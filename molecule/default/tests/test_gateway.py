@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import INSTANCES, PORTS, SANDBOX, await_, chat, show, site
+from helpers import INSTANCES, PORTS, SANDBOX, await_, chat, playbook, show, site
 from testinfra.host import Host
 
 DOOR = "http://127.0.0.1:8000"
+ALONE = "molecule/shared/gateway_only.yml"
 #: What clients may ask for, with a key; GET /health is the only route without one.
 DOORS = {("POST", f"/v1/{path}") for path in ("chat/completions", "completions", "responses")} | {("GET", "/v1/models")}
 #: Routes of vLLM that its own description leaves out, and ways to write one that is allowed.
@@ -203,7 +204,6 @@ def pem(directory: Path, name: str) -> dict[str, str]:
     return {"certificate": certificate.read_text(), "key": key.read_text()}
 
 
-@pytest.mark.more
 def test_a_key_of_another_certificate_changes_nothing(host: Host, api_key: str, tmp_path: Path) -> None:
     ours, other = pem(tmp_path, "ours"), pem(tmp_path, "other")
 
@@ -212,7 +212,8 @@ def test_a_key_of_another_certificate_changes_nothing(host: Host, api_key: str, 
         return [digests, *show(host, "vllm-gateway.service", "MainPID", "NRestarts").values()]
 
     before = state()
-    refused = site(
+    refused = playbook(
+        ALONE,
         vllm_gateway_tls="files",
         vllm_gateway_tls_certificate=ours["certificate"],
         vllm_gateway_tls_key=other["key"],
@@ -241,12 +242,11 @@ def test_a_taken_port_is_named_before_anything_is_changed(host: Host) -> None:
         host.run_expect([0], "systemctl stop squatter")
 
 
-@pytest.mark.more
 def test_keys_rotate_by_a_reload(host: Host, api_key: str) -> None:
     """Both keys are valid at once, the program is not restarted, and the engines are not touched."""
     before = show(host, "vllm-gateway.service", "MainPID", "NRestarts")
     keys = [{"name": "old", "key": "o" * 32}, {"name": "new", "key": "n" * 32}]
-    done = site(vllm_gateway_keys=keys)
+    done = playbook(ALONE, vllm_gateway_keys=keys)
     assert done.returncode == 0, done.stdout
     assert show(host, "vllm-gateway.service", "MainPID", "NRestarts") == before
     for key in keys:
@@ -255,7 +255,7 @@ def test_keys_rotate_by_a_reload(host: Host, api_key: str) -> None:
     on_disk = host.check_output("cat /etc/vllm/gateway/keys")
     assert "n" * 32 not in on_disk
 
-    done = site()
+    done = playbook(ALONE)
     assert done.returncode == 0, done.stdout
     chat(host, "gateway", api_key)
     assert show(host, "vllm-gateway.service", "MainPID", "NRestarts") == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from ansible_collections.nvl.vllm.plugins.module_utils._units import (
+    PENDING,
     Unit,
     journal_reason,
     parse_show,
@@ -53,13 +54,19 @@ def test_where_all_is_well_nothing_changes():
         (unit(""), "vllm@primary.service unknown\n", "vllm@primary.service active\n"),
         (
             unit(started_from=OLD),
-            "vllm@primary.service runs from 000000000000\n",
-            "vllm@primary.service runs from 111111111111\n",
+            "vllm@primary.service runs from inputs 000000000000\n",
+            "vllm@primary.service runs from inputs 111111111111\n",
         ),
         (
             unit(started_from=""),
-            "vllm@primary.service runs from unknown inputs\n",
-            "vllm@primary.service runs from 111111111111\n",
+            "vllm@primary.service runs from inputs that nobody noted\n",
+            "vllm@primary.service runs from inputs 111111111111\n",
+        ),
+        # Check mode, where they are made later.
+        (
+            unit(started_from=OLD, wanted=PENDING),
+            "vllm@primary.service runs from inputs 000000000000\n",
+            "vllm@primary.service runs from new inputs\n",
         ),
         (unit(enabled=False), "vllm@primary.service not enabled\n", "vllm@primary.service enabled\n"),
     ],
