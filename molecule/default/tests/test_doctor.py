@@ -247,14 +247,14 @@ def test_an_engine_with_too_small_a_cache(host: Host, doctor: Doctor, api_key: s
     third = {"name": "third", "port": THIRD, "arguments": {**inherited, **arguments}}
     try:
         host.run_expect([0], "timeout 180 systemctl start vllm@third.service")
-        with under_load(host, api_key, THIRD, 8, {THIRD: 2}, max_tokens=400) as statuses:
+        with under_load(host, api_key, THIRD, 8, {THIRD: 2}, max_tokens=700) as statuses:
             # Whoever loses its place gives back all of its blocks, so that the cache is not full at each look.
-            limits = {"kv_usage": 0.8}
-            assert doctor.run(vllm_instances=[*DECLARED, third], vllm_doctor_limits=limits) == SICK, doctor.shown
+            look = {"vllm_doctor_limits": {"kv_usage": 0.8}, "vllm_doctor_window": 10.0}
+            assert doctor.run(vllm_instances=[*DECLARED, third], **look) == SICK, doctor.shown
         found = doctor.found()
-        # Prompts (a token a letter) of which few are read at a time, and answers of one token.
-        long = [{"role": "user", "content": "x" * 700}]
-        with under_load(host, api_key, THIRD, 20, {THIRD: 1}, max_tokens=1, messages=long):
+        # Prompts of 900 tokens, of which a step reads one and a bit, and the cache holds three; short answers.
+        long = [{"role": "user", "content": "tell it in many words. " * 140}]
+        with under_load(host, api_key, THIRD, 20, {THIRD: 1}, max_tokens=2, messages=long):
             assert doctor.run(vllm_instances=[*DECLARED, third]) == SICK, doctor.shown
         crowded = doctor.found()
         host.run_expect([0], "systemctl stop vllm@third.service")
