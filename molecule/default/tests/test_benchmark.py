@@ -55,7 +55,7 @@ def report(host: Host, directory: Path) -> dict[str, Any]:
 def test_requests_at_once_are_faster_than_one_after_the_other(directory: Path, report: dict[str, Any]) -> None:
     """By the median of three repetitions, whose spread is in the report."""
     found = report["verdicts"]["primary"]["parallel"]
-    assert found["speedup"]["median"] > 1.3, found
+    assert found["speedup"]["median"] > 1.1, found
     steps = {step["name"]: step for step in report["paths"][0]["steps"] if step["scenario"] == "parallel"}
     for name in ("sequential", "parallel"):
         seconds = sorted(run["seconds"] for run in steps[name]["runs"])
