@@ -55,7 +55,7 @@ def report(host: Host, directory: Path) -> dict[str, Any]:
 def test_requests_at_once_are_faster_than_one_after_the_other(directory: Path, report: dict[str, Any]) -> None:
     """By the median of three repetitions, whose spread is in the report."""
     found = report["verdicts"]["primary"]["parallel"]
-    assert found["speedup"]["median"] > 1.1, found
+    assert found["speedup"]["median"] > 1.3, found
     steps = {step["name"]: step for step in report["paths"][0]["steps"] if step["scenario"] == "parallel"}
     for name in ("sequential", "parallel"):
         seconds = sorted(run["seconds"] for run in steps[name]["runs"])
@@ -129,9 +129,7 @@ def test_the_report_is_on_the_controller_and_only_the_result_on_the_host(
     assert page.count("<svg") == 3
     assert f"{report['verdicts']['primary']['parallel']['speedup']['median']:.1f}x" in page
     assert "## Targets" in (directory / HOST / "latest.md").read_text()
-    left = set(host.check_output(f"ls -A {RESULTS}").split())
-    # Of the gateway where that was benchmarked here, too.
-    assert left - {"gateway.json"} == {".lock", "primary.json"}
+    assert host.check_output(f"ls -A {RESULTS}").split() == [".lock", "primary.json"]
 
 
 def test_what_is_worse_than_the_baseline_fails_with_both_figures(directory: Path, report: dict[str, Any]) -> None:
